@@ -2,6 +2,7 @@
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
 mod elem;
+mod launch;
 mod layers;
 mod mask;
 mod ops;
