@@ -4,8 +4,8 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaDType, CudaFunc, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, bail};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
 
 use super::config::Launch;
 use crate::mask::MaskArgs;
@@ -46,15 +46,9 @@ macro_rules! for_cuda_dtype {
 }
 pub(crate) use for_cuda_dtype;
 
-/// The kernel `<kernel>_<dtype>` of `kernels/<module>.cu`.
-pub(crate) fn function<T: CudaDType + candle_core::WithDType>(
-    device: &CudaDevice,
-    module: &str,
-    ptx: &str,
-    kernel: &str,
-) -> Result<CudaFunc> {
-    let name = format!("{kernel}_{}", T::DTYPE.as_str());
-    device.get_or_load_custom_func(&name, &format!("candle_dropout_{module}"), ptx)
+/// `<kernel>_<dtype>`, as the `.cu` files name their kernels.
+pub(crate) fn kernel_name<T: WithDType>(kernel: &str) -> String {
+    format!("{kernel}_{}", T::DTYPE.as_str())
 }
 
 /// The elements of a contiguous tensor on CUDA.

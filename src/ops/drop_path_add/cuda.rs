@@ -5,10 +5,13 @@ use candle_core::{CudaStorage, Layout, Result};
 use super::NAME;
 use crate::launch::config::elementwise;
 use crate::launch::cuda::{
-    for_cuda_dtype, function, launch, multiprocessors, optional_view, output, ptx, push_optional,
-    view,
+    for_cuda_dtype, kernel_name, launch, multiprocessors, optional_view, output, ptx,
+    push_optional, view,
 };
 use crate::mask::MaskArgs;
+
+/// Candle caches the compiled module under this name.
+const MODULE: &str = "candle_dropout::drop_path_add";
 
 pub(super) fn fwd(
     mask: &MaskArgs,
@@ -23,7 +26,11 @@ pub(super) fn fwd(
         let residual = optional_view::<T>(NAME, residual)?;
         // SAFETY: `drop_path_add_fwd` writes `samples * size` elements.
         let y = unsafe { output::<T>(device, samples * size) }?;
-        let kernel = function::<T>(device, NAME, ptx::DROP_PATH_ADD, "drop_path_add_fwd")?;
+        let kernel = device.get_or_load_custom_func(
+            &kernel_name::<T>("drop_path_add_fwd"),
+            MODULE,
+            ptx::DROP_PATH_ADD,
+        )?;
         let sizes = [samples as u64, size as u64];
         let mut args = kernel.builder();
         args.arg(&x);

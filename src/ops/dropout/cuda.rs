@@ -5,8 +5,13 @@ use candle_core::{CudaStorage, Layout, Result};
 use super::NAME;
 use crate::elem::rows_cols;
 use crate::launch::config::elementwise;
-use crate::launch::cuda::{for_cuda_dtype, function, launch, multiprocessors, output, ptx, view};
+use crate::launch::cuda::{
+    for_cuda_dtype, kernel_name, launch, multiprocessors, output, ptx, view,
+};
 use crate::mask::MaskArgs;
+
+/// Candle caches the compiled module under this name.
+const MODULE: &str = "candle_dropout::dropout";
 
 pub(super) fn fwd(mask: &MaskArgs, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
     let device = x.device();
@@ -15,7 +20,11 @@ pub(super) fn fwd(mask: &MaskArgs, x: &CudaStorage, layout: &Layout) -> Result<C
         let x = view::<T>(NAME, x, layout)?;
         // SAFETY: `dropout_fwd` writes `rows * cols` elements.
         let y = unsafe { output::<T>(device, rows * cols) }?;
-        let kernel = function::<T>(device, NAME, ptx::DROPOUT, "dropout_fwd")?;
+        let kernel = device.get_or_load_custom_func(
+            &kernel_name::<T>("dropout_fwd"),
+            MODULE,
+            ptx::DROPOUT,
+        )?;
         let sizes = [rows as u64, cols as u64];
         let mut args = kernel.builder();
         args.arg(&x).arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(mask);

@@ -6,10 +6,13 @@ use super::NAME;
 use crate::elem::rows_cols;
 use crate::launch::config::{column_sums, column_totals, elementwise};
 use crate::launch::cuda::{
-    for_cuda_dtype, function, launch, multiprocessors, optional_view, output, ptx, push_optional,
-    view,
+    for_cuda_dtype, kernel_name, launch, multiprocessors, optional_view, output, ptx,
+    push_optional, view,
 };
 use crate::mask::MaskArgs;
+
+/// Candle caches the compiled module under this name.
+const MODULE: &str = "candle_dropout::dropout_add";
 
 pub(super) fn fwd(
     mask: &MaskArgs,
@@ -25,7 +28,11 @@ pub(super) fn fwd(
         let bias = optional_view::<T>(NAME, bias)?;
         // SAFETY: `dropout_add_fwd` writes `rows * cols` elements.
         let y = unsafe { output::<T>(device, rows * cols) }?;
-        let kernel = function::<T>(device, NAME, ptx::DROPOUT_ADD, "dropout_add_fwd")?;
+        let kernel = device.get_or_load_custom_func(
+            &kernel_name::<T>("dropout_add_fwd"),
+            MODULE,
+            ptx::DROPOUT_ADD,
+        )?;
         let sizes = [rows as u64, cols as u64];
         let mut args = kernel.builder();
         args.arg(&x).arg(&residual);
@@ -48,7 +55,11 @@ pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CudaStorage, layout: &Layout) -> Re
         let chunks = config.grid[1] as usize;
         // SAFETY: `dropout_add_bwd_bias` writes `chunks * cols` elements.
         let sums = unsafe { output::<f32>(device, chunks * cols) }?;
-        let kernel = function::<T>(device, NAME, ptx::DROPOUT_ADD, "dropout_add_bwd_bias")?;
+        let kernel = device.get_or_load_custom_func(
+            &kernel_name::<T>("dropout_add_bwd_bias"),
+            MODULE,
+            ptx::DROPOUT_ADD,
+        )?;
         let sizes = [rows as u64, cols as u64, chunks as u64];
         let mut args = kernel.builder();
         args.arg(&dy).arg(&sums).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
@@ -57,7 +68,11 @@ pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CudaStorage, layout: &Layout) -> Re
 
         // SAFETY: `dropout_add_bwd_bias_total` writes `cols` elements.
         let dbias = unsafe { output::<T>(device, cols) }?;
-        let kernel = function::<T>(device, NAME, ptx::DROPOUT_ADD, "dropout_add_bwd_bias_total")?;
+        let kernel = device.get_or_load_custom_func(
+            &kernel_name::<T>("dropout_add_bwd_bias_total"),
+            MODULE,
+            ptx::DROPOUT_ADD,
+        )?;
         let mut args = kernel.builder();
         args.arg(&sums).arg(&dbias).arg(&sizes[2]).arg(&sizes[1]);
         // SAFETY: (sums, dbias, chunks, cols); sums holds `chunks * cols` elements, dbias `cols`.

@@ -7,10 +7,13 @@ use super::mask::ScoreArgs;
 use crate::elem::rows_cols;
 use crate::launch::config::softmax;
 use crate::launch::cuda::{
-    for_cuda_dtype, function, launch, multiprocessors, optional_view, output, ptx, push_optional,
-    view,
+    for_cuda_dtype, kernel_name, launch, multiprocessors, optional_view, output, ptx,
+    push_optional, view,
 };
 use crate::mask::MaskArgs;
+
+/// Candle caches the compiled module under this name.
+const MODULE: &str = "candle_dropout::softmax_dropout";
 
 pub(super) fn fwd(
     drop: &MaskArgs,
@@ -25,7 +28,11 @@ pub(super) fn fwd(
         let additive = optional_view::<T>(NAME, additive)?;
         // SAFETY: `softmax_dropout_fwd` writes `rows * keys` elements.
         let y = unsafe { output::<T>(device, rows * keys) }?;
-        let kernel = function::<T>(device, NAME, ptx::SOFTMAX_DROPOUT, "softmax_dropout_fwd")?;
+        let kernel = device.get_or_load_custom_func(
+            &kernel_name::<T>("softmax_dropout_fwd"),
+            MODULE,
+            ptx::SOFTMAX_DROPOUT,
+        )?;
         let sizes = [rows as u64, keys as u64];
         let mut list = kernel.builder();
         list.arg(&scores);
@@ -53,7 +60,11 @@ pub(super) fn bwd(
         let dy = view::<T>(NAME, dy, dy_layout)?;
         // SAFETY: `softmax_dropout_bwd` writes `rows * keys` elements.
         let dscores = unsafe { output::<T>(device, rows * keys) }?;
-        let kernel = function::<T>(device, NAME, ptx::SOFTMAX_DROPOUT, "softmax_dropout_bwd")?;
+        let kernel = device.get_or_load_custom_func(
+            &kernel_name::<T>("softmax_dropout_bwd"),
+            MODULE,
+            ptx::SOFTMAX_DROPOUT,
+        )?;
         let sizes = [rows as u64, keys as u64];
         let mut list = kernel.builder();
         list.arg(&scores);
