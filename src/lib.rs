@@ -1,1 +1,16 @@
-//! x
+//! Every dropout worth having for [candle](https://github.com/huggingface/candle).
+#![deny(missing_docs, unsafe_op_in_unsafe_fn)]
+
+mod elem;
+mod layers;
+mod mask;
+mod ops;
+mod parallel;
+mod rows;
+mod simd;
+
+pub use layers::{DropPath, Dropout, set_seed};
+pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
+pub use ops::{
+    AttentionMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
+};

@@ -1,0 +1,127 @@
+use candle_core::{Result, bail};
+
+use super::philox::{COLS_PER_CALL, COLS_PER_FILL, fill_draws};
+use super::{MaskKey, Rate};
+use crate::rows::RowMap;
+
+/// Columns are limited to this: `col / 8` is a 32-bit counter word.
+const MAX_COLS: u64 = 1 << 35;
+
+/// Draws held at a time: 1 KiB, which stays in the first-level cache beside its elements.
+const RUN: usize = 512;
+
+/// A [`DropMask`](super::DropMask) over a tensor of known shape: the one argument through which every
+/// kernel, CPU and CUDA, sees a mask. Twin of `struct MaskArgs` in `kernels/philox.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct MaskArgs {
+    key: [u32; 2],
+    threshold: u32,
+    scale: f32,
+    col_0: u64,
+    rows: RowMap,
+}
+
+impl MaskArgs {
+    /// The mask over the part of shape `dims` that begins at `start` of a whole of shape `full_dims`.
+    /// The caller has checked that the part lies in the whole.
+    pub(crate) fn new(
+        op: &str,
+        rate: Rate,
+        key: MaskKey,
+        dims: &[usize],
+        full_dims: &[usize],
+        start: &[usize],
+    ) -> Result<Self> {
+        let (cols, leading) = dims.split_last().map_or((1, dims), |(cols, rest)| (*cols, rest));
+        let col_0 = start.last().copied().unwrap_or(0) as u64;
+        let end = col_0.saturating_add(cols as u64);
+        if end > MAX_COLS {
+            bail!(
+                "{op}: x: expected at most 2^35 columns (last dimension), got {end}; reshape so that \
+                 part of them is a leading dimension"
+            )
+        }
+        let (mut row_0, mut stride) = (0u64, 1u64);
+        let mut strides = vec![0; leading.len()];
+        for d in (0..leading.len()).rev() {
+            strides[d] = stride;
+            row_0 = row_0.wrapping_add(stride.wrapping_mul(start[d] as u64));
+            stride = stride.wrapping_mul(full_dims[d] as u64);
+        }
+        let Some(rows) = RowMap::new(leading, &strides, row_0) else {
+            bail!(
+                "{op}: drop.window: expected a part that splits at most three leading dimensions, got \
+                 {dims:?} of {full_dims:?}; split fewer dimensions"
+            )
+        };
+        let threshold = rate.threshold();
+        Ok(Self { key: key.words(), threshold, scale: rate.scale(), col_0, rows })
+    }
+
+    /// Walks the elements `start..start + len` of a `[rows, cols]` tensor in runs that lie in one row:
+    /// `f(at, col, draws)` gets the position of the run's first element after `start`, its column, and
+    /// the draw of each of its elements.
+    #[inline(always)]
+    pub(crate) fn for_each_run(
+        &self,
+        start: usize,
+        len: usize,
+        cols: usize,
+        mut f: impl FnMut(usize, usize, &[u16]),
+    ) {
+        if len == 0 {
+            return;
+        }
+        let mut draws = [0; RUN + COLS_PER_FILL];
+        let (mut at, mut row, mut col) = (0, start / cols, start % cols);
+        while at < len {
+            let run = RUN.min(cols - col).min(len - at);
+            f(at, col, self.draws(row, col, run, &mut draws));
+            at += run;
+            col += run;
+            if col == cols {
+                (row, col) = (row + 1, 0);
+            }
+        }
+    }
+
+    /// The draws of `len <= RUN` columns from `col` on, in row `row` of the tensor.
+    #[inline(always)]
+    fn draws<'a>(
+        &self,
+        row: usize,
+        col: usize,
+        len: usize,
+        buffer: &'a mut [u16; RUN + COLS_PER_FILL],
+    ) -> &'a [u16] {
+        if !self.is_drawn() {
+            return &buffer[..len]; // still all zeros, and any draw gives the same answer
+        }
+        let col = self.col_0 + col as u64;
+        // A first column that is no multiple of 8 lies inside a call: draw all of it, skip its head.
+        let head = (col % COLS_PER_CALL as u64) as usize;
+        let first_call = (col / COLS_PER_CALL as u64) as u32;
+        let filled = &mut buffer[..(head + len).next_multiple_of(COLS_PER_FILL)];
+        fill_draws(self.key, self.rows.map(row as u64), first_call, filled);
+        &filled[head..head + len]
+    }
+
+    /// True if an element with this draw is kept.
+    #[inline(always)]
+    pub(crate) fn keeps(&self, draw: u16) -> bool {
+        u32::from(draw) < self.threshold
+    }
+
+    /// What a kept element is multiplied by.
+    #[inline(always)]
+    pub(crate) fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// True if the mask has to be drawn: neither everything nor nothing is kept.
+    #[inline(always)]
+    pub(crate) fn is_drawn(&self) -> bool {
+        self.threshold != Rate::KEEP_ALL.threshold() && self.threshold != Rate::DROP_ALL.threshold()
+    }
+}

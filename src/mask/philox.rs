@@ -1,0 +1,114 @@
+//! Philox4x32: the counter-based random function behind every mask.
+//!
+//! Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11. The mask law
+//! uses 7 rounds; the published known answers for 7 and 10 rounds are tested below. The CUDA twin
+//! is `kernels/philox.cuh`.
+
+/// Rounds of the mask law.
+pub(crate) const ROUNDS: u32 = 7;
+
+/// Columns that one Philox call serves: four words of two 16-bit draws.
+pub(crate) const COLS_PER_CALL: usize = 8;
+
+const MUL_0: u64 = 0xD251_1F53;
+const MUL_1: u64 = 0xCD9E_8D57;
+const KEY_STEP: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+
+/// Philox calls evaluated side by side, one in each 64-bit lane of a vector register.
+const LANES: usize = 8;
+
+/// Columns that [`fill_draws`] serves at a time.
+pub(crate) const COLS_PER_FILL: usize = LANES * COLS_PER_CALL;
+
+/// `LANES` calls of Philox4x32 under one key.
+///
+/// A counter word lives in the low half of its 64-bit lane; the high half is left dirty. So a round
+/// is two 32 x 32 -> 64 bit products, two shifts and two three-way XORs on whole registers, for any
+/// register width the compiler is given.
+#[inline(always)]
+fn rounds<const N: usize>(mut c: [[u64; N]; 4], mut key: [u32; 2], n_rounds: u32) -> [[u64; N]; 4] {
+    const LOW: u64 = 0xffff_ffff;
+    for _ in 0..n_rounds {
+        let (k0, k1) = (u64::from(key[0]), u64::from(key[1]));
+        for i in 0..N {
+            let product_0 = (c[0][i] & LOW) * MUL_0;
+            let product_1 = (c[2][i] & LOW) * MUL_1;
+            c[0][i] = (product_1 >> 32) ^ c[1][i] ^ k0;
+            c[1][i] = product_1;
+            c[2][i] = (product_0 >> 32) ^ c[3][i] ^ k1;
+            c[3][i] = product_0;
+        }
+        key[0] = key[0].wrapping_add(KEY_STEP[0]);
+        key[1] = key[1].wrapping_add(KEY_STEP[1]);
+    }
+    c
+}
+
+/// The 16-bit draws of the 8-column blocks `first_block..` of one row, in column order.
+///
+/// `draws.len()` is a multiple of [`COLS_PER_FILL`]: a full register of calls costs hardly more than
+/// one call, so the caller rounds up and skips the draws it does not need.
+#[inline(always)]
+pub(crate) fn fill_draws(key: [u32; 2], row: u64, first_block: u32, draws: &mut [u16]) {
+    let mut block = u64::from(first_block);
+    for draws in draws.chunks_exact_mut(COLS_PER_FILL) {
+        let column = std::array::from_fn(|lane| block + lane as u64);
+        let words =
+            rounds::<LANES>([column, [row >> 32; LANES], [row; LANES], [0; LANES]], key, ROUNDS);
+        for (lane, draws) in draws.chunks_exact_mut(COLS_PER_CALL).enumerate() {
+            for (word, draws) in words.iter().zip(draws.chunks_exact_mut(2)) {
+                draws[0] = word[lane] as u16;
+                draws[1] = (word[lane] >> 16) as u16;
+            }
+        }
+        block += LANES as u64;
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn philox(counter: [u32; 4], key: [u32; 2], n_rounds: u32) -> [u32; 4] {
+        let words = rounds::<1>(counter.map(|c| [u64::from(c)]), key, n_rounds);
+        words.map(|[word]| word as u32)
+    }
+
+    /// Known answers published with Random123 (`kat_vectors`): zeros, ones and digits of pi.
+    #[test]
+    fn philox_gives_the_published_answers() {
+        let pi = [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344];
+        let pi_key = [0xa409_3822, 0x299f_31d0];
+        let cases = [
+            (7, [0; 4], [0; 2], [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]),
+            (7, [!0; 4], [!0; 2], [0x5207_ddc2, 0x4516_5e59, 0x4d8e_e751, 0x8c52_f662]),
+            (7, pi, pi_key, [0x4dfc_caba, 0x190a_87f0, 0xc473_62ba, 0xb6b5_242a]),
+            (10, [0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
+            (10, [!0; 4], [!0; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
+            (10, pi, pi_key, [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]),
+        ];
+        for (n_rounds, counter, key, answer) in cases {
+            assert_eq!(philox(counter, key, n_rounds), answer, "{n_rounds} rounds");
+        }
+    }
+
+    crate::simd::vectorized! {
+        fn draws_in_widest_registers(key: [u32; 2], row: u64, first_block: u32, draws: &mut [u16]) {
+            fill_draws(key, row, first_block, draws)
+        }
+    }
+
+    #[test]
+    fn vector_lanes_equal_single_calls() {
+        let (key, row, first_block) =
+            ([0x1234_5678, 0x9abc_def0], 0xffff_ffff_0000_0005, u32::MAX - 30);
+        let mut draws = [0; 3 * COLS_PER_FILL];
+        draws_in_widest_registers(key, row, first_block, &mut draws);
+        for (i, draws) in draws.chunks(COLS_PER_CALL).enumerate() {
+            let counter = [first_block + i as u32, (row >> 32) as u32, row as u32, 0];
+            let words = philox(counter, key, ROUNDS);
+            let expected: Vec<u16> =
+                words.iter().flat_map(|&w| [w as u16, (w >> 16) as u16]).collect();
+            assert_eq!(draws, expected, "block {i}");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+use std::mem::MaybeUninit;
+
+use candle_core::{CpuStorage, Layout, Result};
+
+use super::NAME;
+use crate::elem::{Element, Real, for_float_dtype, slice, storage};
+use crate::mask::MaskArgs;
+use crate::parallel::filled;
+use crate::simd::vectorized;
+
+pub(super) fn fwd(
+    mask: &MaskArgs,
+    samples: usize,
+    (x, layout): (&CpuStorage, &Layout),
+    residual: Option<(&CpuStorage, &Layout)>,
+) -> Result<CpuStorage> {
+    let mut keep = vec![false; samples];
+    mask.for_each_run(0, samples, samples, |at, _, draws| {
+        for (keep, draw) in keep[at..].iter_mut().zip(draws) {
+            *keep = mask.keeps(*draw);
+        }
+    });
+    for_float_dtype!(NAME, x, |E| {
+        let x = slice::<E>(NAME, x, layout)?;
+        let residual =
+            residual.map(|(residual, layout)| slice::<E>(NAME, residual, layout)).transpose()?;
+        let sample_len = x.len() / samples.max(1);
+        // SAFETY: every part of the chunk lies in one sample and is written by `add_branch`.
+        let y = unsafe {
+            filled(x.len(), 8, |start, y| {
+                let mut at = start;
+                while at < start + y.len() {
+                    let sample = at / sample_len;
+                    let end = ((sample + 1) * sample_len).min(start + y.len());
+                    let residual = residual.map(|residual| &residual[at..end]);
+                    let y = &mut y[at - start..end - start];
+                    add_branch(keep[sample], mask.scale(), &x[at..end], residual, y);
+                    at = end;
+                }
+            })
+        };
+        Ok(storage(y))
+    })
+}
+
+vectorized! {
+    /// A part of one sample: its residual alone if it is dropped.
+    fn add_branch<E: Element>(
+        keep: bool,
+        scale: f32,
+        x: &[E],
+        residual: Option<&[E]>,
+        y: &mut [MaybeUninit<E>],
+    ) {
+        let scale = E::Real::from_f32(scale);
+        match (keep, residual) {
+            (true, Some(residual)) => {
+                for ((x, residual), y) in x.iter().zip(residual).zip(y) {
+                    y.write(E::store(residual.load() + x.load() * scale));
+                }
+            }
+            (true, None) => {
+                for (x, y) in x.iter().zip(y) {
+                    y.write(E::store(x.load() * scale));
+                }
+            }
+            (false, Some(residual)) => {
+                for (residual, y) in residual.iter().zip(y) {
+                    y.write(*residual);
+                }
+            }
+            (false, None) => {
+                for y in y {
+                    y.write(E::ZERO);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! `y[n] = residual[n] + (keep[n] ? x[n] * scale : 0)`.
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
+
+use crate::elem::{check_dtype, check_same};
+use crate::mask::{DropMask, MaskArgs};
+
+const NAME: &str = "drop_path_add";
+
+/// What stochastic depth drops together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StochasticDepth {
+    /// Each sample of the batch (index of the first dimension) draws for itself.
+    #[default]
+    Row,
+    /// The whole batch draws once, as in the paper.
+    Batch,
+}
+
+/// Adds a residual branch that is dropped as a whole, sample by sample or batch by batch.
+///
+/// ```text
+/// y[n] = residual[n] + (keep[n] ? x[n] * scale : 0)
+/// dx[n] = keep[n] ? dy[n] * scale : 0          dresidual = dy
+/// ```
+///
+/// # Shapes
+/// `x` and `residual` of one shape `[N, ..]`, strided or not; `y` has their shape. The mask has the
+/// shape `[1, N]` ([`StochasticDepth::Row`]) or `[1, 1]` ([`StochasticDepth::Batch`]), and that is what
+/// a window of `drop` refers to.
+///
+/// # Dtypes
+/// f32, f16, bf16, and f64 on the CPU, one for all tensors. Halves are computed in f32 and rounded
+/// once.
+///
+/// # Randomness
+/// `keep` and `scale` follow from `drop` alone. A dropped branch leaves the bare residual, whatever `x`
+/// holds; the CUDA kernel does not even read it.
+///
+/// # Errors
+/// A tensor is no float tensor, or f64 on CUDA; shapes, dtypes or devices differ; `x` is a scalar and
+/// has no samples; the window of `drop` does not fit the mask.
+///
+/// Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", 2016, arXiv 1603.09382
+/// (eq. 2; here the kept branch is scaled in training instead of at test time).
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_dropout::{DropMask, MaskKey, StochasticDepth, drop_path_add};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let branch = Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?;
+/// let stream = Tensor::new(&[[10f32, 20.], [30., 40.]], &Device::Cpu)?;
+/// let drop = DropMask::new(0.5, MaskKey::new(3))?;
+/// let y = drop_path_add(&branch, &stream, StochasticDepth::Row, &drop)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[10., 20.], [36., 48.]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn drop_path_add(
+    x: &Tensor,
+    residual: &Tensor,
+    depth: StochasticDepth,
+    drop: &DropMask,
+) -> Result<Tensor> {
+    check_dtype(NAME, "x", x)?;
+    check_same(NAME, "residual", residual, x)?;
+    let samples = match (depth, x.dims()) {
+        (StochasticDepth::Batch, _) => 1,
+        (StochasticDepth::Row, [samples, ..]) => *samples,
+        (StochasticDepth::Row, []) => bail!(
+            "{NAME}: x: expected a batch dimension, got a scalar; unsqueeze it or use \
+             StochasticDepth::Batch"
+        ),
+    };
+    let mask = drop.args(NAME, &[1, samples])?;
+    x.contiguous()?.apply_op2(&residual.contiguous()?, DropPathAdd { mask, samples })
+}
+
+#[derive(Clone, Copy)]
+struct DropPathAdd {
+    mask: MaskArgs,
+    samples: usize,
+}
+
+impl CustomOp2 for DropPathAdd {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        residual: &CpuStorage,
+        residual_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let residual = Some((residual, residual_layout));
+        let y = cpu::fwd(&self.mask, self.samples, (x, x_layout), residual)?;
+        Ok((y, x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        x_layout: &Layout,
+        residual: &candle_core::CudaStorage,
+        residual_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let residual = Some((residual, residual_layout));
+        let y = cuda::fwd(&self.mask, self.samples, (x, x_layout), residual)?;
+        Ok((y, x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        _residual: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let dx = match x.track_op() {
+            true => Some(dy.apply_op1(*self)?),
+            false => None,
+        };
+        Ok((dx, Some(dy)))
+    }
+}
+
+/// The branch alone, without a residual: the gradient of x.
+impl CustomOp1 for DropPathAdd {
+    fn name(&self) -> &'static str {
+        "drop_path"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = cpu::fwd(&self.mask, self.samples, (x, layout), None)?;
+        Ok((y, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let y = cuda::fwd(&self.mask, self.samples, (x, layout), None)?;
+        Ok((y, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(dy.contiguous()?.apply_op1(*self)?))
+    }
+}

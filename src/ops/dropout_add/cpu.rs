@@ -1,0 +1,114 @@
+use std::mem::MaybeUninit;
+
+use candle_core::{CpuStorage, Layout, Result};
+use rayon::prelude::*;
+
+use super::NAME;
+use crate::elem::{Element, Real, for_float_dtype, rows_cols, slice, storage};
+use crate::mask::MaskArgs;
+use crate::parallel::filled;
+use crate::simd::vectorized;
+
+pub(super) fn fwd(
+    mask: &MaskArgs,
+    (x, layout): (&CpuStorage, &Layout),
+    (residual, residual_layout): (&CpuStorage, &Layout),
+    bias: Option<(&CpuStorage, &Layout)>,
+) -> Result<CpuStorage> {
+    let (_, cols) = rows_cols(layout.dims());
+    for_float_dtype!(NAME, x, |E| {
+        let x = slice::<E>(NAME, x, layout)?;
+        let residual = slice::<E>(NAME, residual, residual_layout)?;
+        let bias = bias.map(|(bias, layout)| slice::<E>(NAME, bias, layout)).transpose()?;
+        // SAFETY: `add_selected` writes all of `y`.
+        let y = unsafe {
+            filled(x.len(), 8, |start, y| {
+                let (x, residual) = (&x[start..][..y.len()], &residual[start..][..y.len()]);
+                add_selected(mask, start, cols, x, residual, bias, y)
+            })
+        };
+        Ok(storage(y))
+    })
+}
+
+vectorized! {
+    /// The elements from `start` on of a tensor with `cols` columns.
+    fn add_selected<E: Element>(
+        mask: &MaskArgs,
+        start: usize,
+        cols: usize,
+        x: &[E],
+        residual: &[E],
+        bias: Option<&[E]>,
+        y: &mut [MaybeUninit<E>],
+    ) {
+        let scale = E::Real::from_f32(mask.scale());
+        mask.for_each_run(start, x.len(), cols, |at, col, draws| {
+            let n = draws.len();
+            let (x, residual, y) = (&x[at..][..n], &residual[at..][..n], &mut y[at..][..n]);
+            // Two loops, since a branch on the bias inside one would keep it from vectorising.
+            if let Some(bias) = bias {
+                let bias = &bias[col..][..n];
+                for i in 0..n {
+                    let kept = residual[i].load() + (x[i].load() + bias[i].load()) * scale;
+                    y[i].write(if mask.keeps(draws[i]) { E::store(kept) } else { residual[i] });
+                }
+            } else {
+                for i in 0..n {
+                    let kept = residual[i].load() + x[i].load() * scale;
+                    y[i].write(if mask.keeps(draws[i]) { E::store(kept) } else { residual[i] });
+                }
+            }
+        })
+    }
+}
+
+/// Elements that one thread sums before the partial sums are added up in order.
+const PARTIAL: usize = 1 << 15;
+
+pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
+    let (_, cols) = rows_cols(layout.dims());
+    for_float_dtype!(NAME, dy, |E| {
+        let dy = slice::<E>(NAME, dy, layout)?;
+        Ok(storage(column_sums(mask, dy, cols)))
+    })
+}
+
+fn column_sums<E: Element>(mask: &MaskArgs, dy: &[E], cols: usize) -> Vec<E> {
+    let mut sums = vec![E::Real::ZERO; cols];
+    let chunk = PARTIAL.next_multiple_of(cols.max(1));
+    let partials: Vec<_> = dy
+        .par_chunks(chunk)
+        .enumerate()
+        .map(|(i, dy)| {
+            let mut partial = vec![E::Real::ZERO; cols];
+            add_to_columns(mask, i * chunk, cols, dy, &mut partial);
+            partial
+        })
+        .collect();
+    for partial in partials {
+        for (sum, partial) in sums.iter_mut().zip(partial) {
+            *sum += partial;
+        }
+    }
+    sums.into_iter().map(E::store).collect()
+}
+
+vectorized! {
+    /// Adds the rows from element `start` on to the sum of each column.
+    fn add_to_columns<E: Element>(
+        mask: &MaskArgs,
+        start: usize,
+        cols: usize,
+        dy: &[E],
+        sums: &mut [E::Real],
+    ) {
+        let scale = E::Real::from_f32(mask.scale());
+        mask.for_each_run(start, dy.len(), cols, |at, col, draws| {
+            for ((dy, draw), sum) in dy[at..].iter().zip(draws).zip(&mut sums[col..]) {
+                let dx = dy.load() * scale;
+                *sum += if mask.keeps(*draw) { dx } else { E::Real::ZERO };
+            }
+        })
+    }
+}

@@ -1,0 +1,11 @@
+//! The fused ops: one folder each, from the public function down to its CPU and CUDA passes.
+
+mod drop_path_add;
+mod dropout;
+mod dropout_add;
+mod softmax_dropout;
+
+pub use drop_path_add::{StochasticDepth, drop_path_add};
+pub use dropout::dropout;
+pub use dropout_add::dropout_add;
+pub use softmax_dropout::{AttentionMask, softmax_dropout};

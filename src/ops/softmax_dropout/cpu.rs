@@ -1,0 +1,189 @@
+use std::mem::MaybeUninit;
+
+use candle_core::{CpuStorage, Layout, Result};
+
+use super::NAME;
+use super::mask::ScoreArgs;
+use crate::elem::{Element, Real, for_float_dtype, rows_cols, slice, storage};
+use crate::mask::MaskArgs;
+use crate::parallel::filled;
+use crate::simd::vectorized;
+
+pub(super) fn fwd(
+    drop: &MaskArgs,
+    args: &ScoreArgs,
+    (scores, layout): (&CpuStorage, &Layout),
+    additive: Option<(&CpuStorage, &Layout)>,
+) -> Result<CpuStorage> {
+    let (_, cols) = rows_cols(layout.dims());
+    for_float_dtype!(NAME, scores, |E| {
+        let scores = slice::<E>(NAME, scores, layout)?;
+        let additive = additive.map(|(mask, layout)| slice::<E>(NAME, mask, layout)).transpose()?;
+        // SAFETY: chunks are whole rows, and `rows_fwd` writes every row of `y`.
+        let y = unsafe {
+            filled(scores.len(), cols, |start, y| {
+                rows_fwd(drop, args, start, cols, &scores[start..][..y.len()], additive, y)
+            })
+        };
+        Ok(storage(y))
+    })
+}
+
+pub(super) fn bwd(
+    drop: &MaskArgs,
+    args: &ScoreArgs,
+    (scores, layout): (&CpuStorage, &Layout),
+    additive: Option<(&CpuStorage, &Layout)>,
+    (dy, dy_layout): (&CpuStorage, &Layout),
+) -> Result<CpuStorage> {
+    let (_, cols) = rows_cols(layout.dims());
+    for_float_dtype!(NAME, scores, |E| {
+        let scores = slice::<E>(NAME, scores, layout)?;
+        let additive = additive.map(|(mask, layout)| slice::<E>(NAME, mask, layout)).transpose()?;
+        let dy = slice::<E>(NAME, dy, dy_layout)?;
+        // SAFETY: chunks are whole rows, and `rows_bwd` writes every row of `dscores`.
+        let dscores = unsafe {
+            filled(scores.len(), cols, |start, dscores| {
+                let (scores, dy) =
+                    (&scores[start..][..dscores.len()], &dy[start..][..dscores.len()]);
+                rows_bwd(drop, args, start, cols, scores, additive, dy, dscores)
+            })
+        };
+        Ok(storage(dscores))
+    })
+}
+
+vectorized! {
+    /// The rows from element `start` on.
+    fn rows_fwd<E: Element>(
+        drop: &MaskArgs,
+        args: &ScoreArgs,
+        start: usize,
+        cols: usize,
+        scores: &[E],
+        additive: Option<&[E]>,
+        y: &mut [MaybeUninit<E>],
+    ) {
+        let drop_scale = E::Real::from_f32(drop.scale());
+        let mut p = vec![E::Real::ZERO; cols];
+        for (i, (scores, y)) in
+            scores.chunks_exact(cols).zip(y.chunks_exact_mut(cols)).enumerate()
+        {
+            let row = start / cols + i;
+            let normaliser = exponentials(args, row, scores, additive, &mut p) * drop_scale;
+            drop.for_each_run(row * cols, cols, cols, |at, _, draws| {
+                for ((p, draw), y) in p[at..].iter().zip(draws).zip(&mut y[at..]) {
+                    let kept = E::store(*p * normaliser);
+                    y.write(if drop.keeps(*draw) { kept } else { E::ZERO });
+                }
+            });
+        }
+    }
+}
+
+vectorized! {
+    /// The rows from element `start` on.
+    fn rows_bwd<E: Element>(
+        drop: &MaskArgs,
+        args: &ScoreArgs,
+        start: usize,
+        cols: usize,
+        scores: &[E],
+        additive: Option<&[E]>,
+        dy: &[E],
+        dscores: &mut [MaybeUninit<E>],
+    ) {
+        let drop_scale = E::Real::from_f32(drop.scale());
+        let grad_scale = E::Real::from_f32(args.grad_scale());
+        let (mut p, mut dp) = (vec![E::Real::ZERO; cols], vec![E::Real::ZERO; cols]);
+        let rows = scores.chunks_exact(cols).zip(dy.chunks_exact(cols));
+        for (i, ((scores, dy), dscores)) in
+            rows.zip(dscores.chunks_exact_mut(cols)).enumerate()
+        {
+            let row = start / cols + i;
+            let normaliser = exponentials(args, row, scores, additive, &mut p);
+            drop.for_each_run(row * cols, cols, cols, |at, _, draws| {
+                for ((dy, draw), dp) in dy[at..].iter().zip(draws).zip(&mut dp[at..]) {
+                    let kept = dy.load() * drop_scale;
+                    *dp = if drop.keeps(*draw) { kept } else { E::Real::ZERO };
+                }
+            });
+            let dot = lane_sum(cols, |j| p[j] * dp[j]) * normaliser;
+            let scale = normaliser * grad_scale;
+            for ((p, dp), dscores) in p.iter().zip(&dp).zip(dscores) {
+                dscores.write(E::store(*p * (*dp - dot) * scale));
+            }
+        }
+    }
+}
+
+/// Sets `e` to `exp(t - max t)` over the keys of a row and returns the reciprocal of their sum, or 0
+/// if every key is masked.
+#[inline(always)]
+fn exponentials<E: Element>(
+    args: &ScoreArgs,
+    row: usize,
+    scores: &[E],
+    additive: Option<&[E]>,
+    e: &mut [E::Real],
+) -> E::Real {
+    let scale = E::Real::from_f64(args.scale());
+    let (seen, masked) = e.split_at_mut(args.visible(row, scores.len()));
+    masked.fill(E::Real::ZERO);
+    for (e, score) in seen.iter_mut().zip(scores) {
+        *e = score.load() * scale;
+    }
+    if let Some(additive) = additive {
+        match args.additive(row) {
+            (start, 0) => {
+                let bias = additive[start].load();
+                seen.iter_mut().for_each(|e| *e += bias);
+            }
+            (start, _) => {
+                seen.iter_mut().zip(&additive[start..]).for_each(|(e, bias)| *e += bias.load());
+            }
+        }
+    }
+    let max = lane_max(seen);
+    // With every key at -inf, 0 stands in for the maximum: the exponentials and their sum are 0 then.
+    let max = if max == E::Real::NEG_INFINITY { E::Real::ZERO } else { max };
+    for e in seen.iter_mut() {
+        *e = (*e - max).exp_of_nonpositive();
+    }
+    let sum = lane_sum(seen.len(), |j| seen[j]);
+    if sum == E::Real::ZERO { sum } else { sum.recip() }
+}
+
+/// Sums and maxima are taken in this many lanes, whatever the register width, so that every
+/// instruction set gives the same bits.
+const LANES: usize = 16;
+
+#[inline(always)]
+fn lane_sum<R: Real>(len: usize, term: impl Fn(usize) -> R) -> R {
+    let mut lanes = [R::ZERO; LANES];
+    let whole = len / LANES * LANES;
+    for start in (0..whole).step_by(LANES) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += term(start + lane);
+        }
+    }
+    for j in whole..len {
+        lanes[j - whole] += term(j);
+    }
+    lanes.into_iter().sum()
+}
+
+/// The largest element; NaN is passed over.
+#[inline(always)]
+fn lane_max<R: Real>(x: &[R]) -> R {
+    let max = |a: R, b: R| if b > a { b } else { a };
+    let mut lanes = [R::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = max(*lane, *x);
+        }
+    }
+    rest.iter().chain(&lanes).fold(R::NEG_INFINITY, |a, b| max(a, *b))
+}

@@ -1,0 +1,133 @@
+use candle_core::{DType, Result, Tensor, bail};
+
+use crate::rows::RowMap;
+
+/// Which keys a query may attend to.
+#[derive(Clone, Debug, Default)]
+pub enum AttentionMask {
+    /// All of them.
+    #[default]
+    None,
+    /// Those up to its own position, aligned to the bottom right: query `i` of `Sq` sees the keys
+    /// `0..=i + Sk - Sq`.
+    Causal,
+    /// A tensor that is added to the scaled scores and broadcast over them: 0 where a key is visible,
+    /// -inf where it is not, or any bias. If it tracks a gradient, it gets one.
+    Additive(Tensor),
+}
+
+/// How scores become softmax inputs: the argument of the kernels. Twin of `struct ScoreArgs` in
+/// `kernels/softmax_dropout.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct ScoreArgs {
+    /// Queries (rows of the last two dimensions).
+    queries: u64,
+    /// Row of the additive mask for a row of the scores.
+    additive_rows: RowMap,
+    /// Columns of the additive mask: as many as there are keys, or 1 if it is broadcast over them.
+    additive_cols: u64,
+    /// Multiplies the scores.
+    scale: f32,
+    /// Multiplies the gradient: `scale`, or 1 for the gradient of the additive mask.
+    grad_scale: f32,
+    /// 1 if a query sees only the keys up to its own position.
+    causal: u32,
+    padding: u32,
+}
+
+impl ScoreArgs {
+    pub(super) fn new(op: &str, dims: &[usize], scale: f64, mask: &AttentionMask) -> Result<Self> {
+        let causal = matches!(mask, AttentionMask::Causal);
+        if causal && dims.len() < 2 {
+            bail!(
+                "{op}: scores: expected [.., Sq, Sk] for a causal mask, got {dims:?}; unsqueeze it or \
+                 use AttentionMask::None"
+            )
+        }
+        let (additive_rows, additive_cols) = match mask {
+            AttentionMask::Additive(additive) => additive_map(op, dims, additive.dims())?,
+            AttentionMask::None | AttentionMask::Causal => (RowMap::default(), 0),
+        };
+        Ok(Self {
+            queries: dims.len().checked_sub(2).map_or(1, |d| dims[d] as u64),
+            additive_rows,
+            additive_cols,
+            scale: scale as f32,
+            grad_scale: scale as f32,
+            causal: u32::from(causal),
+            padding: 0,
+        })
+    }
+
+    /// The same scores, for the gradient of the scaled and masked ones.
+    pub(super) fn with_unit_gradient(self) -> Self {
+        Self { grad_scale: 1., ..self }
+    }
+
+    pub(super) fn scale(&self) -> f64 {
+        f64::from(self.scale)
+    }
+
+    pub(super) fn grad_scale(&self) -> f32 {
+        self.grad_scale
+    }
+
+    /// How many of the `keys` a row sees; those that follow are masked.
+    #[inline(always)]
+    pub(super) fn visible(&self, row: usize, keys: usize) -> usize {
+        if self.causal == 0 {
+            return keys;
+        }
+        let query = row as u64 % self.queries;
+        (query + 1 + keys as u64).saturating_sub(self.queries) as usize
+    }
+
+    /// Where the additive mask of a row begins, and the step from key to key.
+    #[inline(always)]
+    pub(super) fn additive(&self, row: usize) -> (usize, usize) {
+        let start = self.additive_rows.map(row as u64) * self.additive_cols;
+        (start as usize, usize::from(self.additive_cols != 1))
+    }
+}
+
+/// The rows and columns of a contiguous additive mask of shape `mask` that is broadcast over `dims`.
+fn additive_map(op: &str, dims: &[usize], mask: &[usize]) -> Result<(RowMap, u64)> {
+    let fits = mask.len() <= dims.len()
+        && mask.iter().rev().zip(dims.iter().rev()).all(|(m, d)| m == d || *m == 1);
+    if !fits {
+        bail!(
+            "{op}: mask: expected a shape that broadcasts over the scores {dims:?}, got {mask:?}; give \
+             every dimension its full size or 1"
+        )
+    }
+    let (cols, mask_leading) = mask.split_last().map_or((1, mask), |(cols, rest)| (*cols, rest));
+    let leading = &dims[..dims.len().saturating_sub(1)];
+    let mut strides = vec![0; leading.len()];
+    let mut stride = 1;
+    for (s, &size) in strides.iter_mut().rev().zip(mask_leading.iter().rev()) {
+        *s = if size == 1 { 0 } else { stride };
+        stride *= size as u64;
+    }
+    let Some(rows) = RowMap::new(leading, &strides, 0) else {
+        bail!(
+            "{op}: mask: expected at most four groups of dimensions that are alternately broadcast and \
+             not, got {mask:?} over {dims:?}; expand it with broadcast_as"
+        )
+    };
+    Ok((rows, cols as u64))
+}
+
+/// Sums a tensor over the dimensions along which one of shape `dims` was broadcast to it.
+pub(super) fn sum_to_shape(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
+    let extra = x.rank() - dims.len();
+    let broadcast: Vec<usize> = (0..x.rank())
+        .filter(|&d| d < extra || (dims[d - extra] == 1 && x.dims()[d] != 1))
+        .collect();
+    // Sums of halves are taken in f32.
+    let wide = match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32)?,
+        _ => x.clone(),
+    };
+    wide.sum_keepdim(broadcast)?.reshape(dims)?.to_dtype(x.dtype())
+}
