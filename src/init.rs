@@ -38,7 +38,12 @@ use rand_distr::{Distribution, StandardNormal, StandardUniform};
 /// assert_ne!(weight(7)?, weight(8)?);
 /// # Ok(()) }
 /// ```
-pub fn seeded_var_builder(vars: &VarMap, seed: u64, dtype: DType, device: &Device) -> VarBuilder<'static> {
+pub fn seeded_var_builder(
+    vars: &VarMap,
+    seed: u64,
+    dtype: DType,
+    device: &Device,
+) -> VarBuilder<'static> {
     let backend = SeededInit { vars: vars.clone(), seed };
     VarBuilder::from_backend(Box::new(backend), dtype, device.clone())
 }
@@ -52,33 +57,50 @@ impl SeededInit {
     fn existing(&self, name: &str) -> Result<Option<Tensor>> {
         match self.vars.data().lock() {
             Ok(vars) => Ok(vars.get(name).map(|var| var.as_tensor().clone())),
-            Err(_) => candle_core::bail!("init: the variable map is poisoned: a thread panicked while it held it"),
+            Err(_) => candle_core::bail!(
+                "init: the variable map is poisoned: a thread panicked while it held it"
+            ),
         }
     }
 }
 
 impl SimpleBackend for SeededInit {
-    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
         if let Some(tensor) = self.existing(name)? {
             if tensor.shape() != &shape {
-                candle_core::bail!("init: {name}: expected shape {shape:?}, the variable map holds {:?}", tensor.shape())
+                candle_core::bail!(
+                    "init: {name}: expected shape {shape:?}, the variable map holds {:?}",
+                    tensor.shape()
+                )
             }
             return Ok(tensor);
         }
         let values = draw(&shape, name, init, self.seed)?;
-        let values = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
+        let values =
+            Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
         let var = Var::from_tensor(&values)?;
         match self.vars.data().lock() {
             // Two threads may have drawn the same variable: the first one in stays.
             Ok(mut vars) => Ok(vars.entry(name.to_string()).or_insert(var).as_tensor().clone()),
-            Err(_) => candle_core::bail!("init: the variable map is poisoned: a thread panicked while it held it"),
+            Err(_) => candle_core::bail!(
+                "init: the variable map is poisoned: a thread panicked while it held it"
+            ),
         }
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
         match self.existing(name)? {
             Some(tensor) => Ok(tensor),
-            None => candle_core::bail!("init: {name} does not exist yet and has no shape: call `get` with a shape"),
+            None => candle_core::bail!(
+                "init: {name} does not exist yet and has no shape: call `get` with a shape"
+            ),
         }
     }
 
@@ -98,15 +120,25 @@ fn draw(shape: &Shape, name: &str, init: Init, seed: u64) -> Result<Vec<f64>> {
             let stdev = non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt();
             match dist {
                 NormalOrUniform::Normal => normal(rng, 0.0, stdev, name, count),
-                NormalOrUniform::Uniform => uniform(rng, -3f64.sqrt() * stdev, 3f64.sqrt() * stdev, name, count),
+                NormalOrUniform::Uniform => {
+                    uniform(rng, -3f64.sqrt() * stdev, 3f64.sqrt() * stdev, name, count)
+                }
             }
         }
     }
 }
 
-fn normal(mut rng: SplitMix64, mean: f64, stdev: f64, name: &str, count: usize) -> Result<Vec<f64>> {
+fn normal(
+    mut rng: SplitMix64,
+    mean: f64,
+    stdev: f64,
+    name: &str,
+    count: usize,
+) -> Result<Vec<f64>> {
     if !(stdev.is_finite() && stdev >= 0.0) {
-        candle_core::bail!("init: {name}: expected a finite standard deviation of at least 0, got {stdev}")
+        candle_core::bail!(
+            "init: {name}: expected a finite standard deviation of at least 0, got {stdev}"
+        )
     }
     let mut sample = || -> f64 { StandardNormal.sample(&mut rng) };
     Ok((0..count).map(|_| mean + stdev * sample()).collect())
@@ -114,7 +146,9 @@ fn normal(mut rng: SplitMix64, mean: f64, stdev: f64, name: &str, count: usize) 
 
 fn uniform(mut rng: SplitMix64, lo: f64, up: f64, name: &str, count: usize) -> Result<Vec<f64>> {
     if !(lo.is_finite() && up.is_finite() && lo <= up) {
-        candle_core::bail!("init: {name}: expected finite uniform bounds lo <= up, got lo {lo}, up {up}")
+        candle_core::bail!(
+            "init: {name}: expected finite uniform bounds lo <= up, got lo {lo}, up {up}"
+        )
     }
     let mut sample = || -> f64 { StandardUniform.sample(&mut rng) };
     Ok((0..count).map(|_| lo + (up - lo) * sample()).collect())
@@ -126,7 +160,9 @@ struct SplitMix64(u64);
 impl SplitMix64 {
     fn for_parameter(seed: u64, name: &str) -> Self {
         // FNV-1a over the name, then one step of the generator so that neighbouring seeds share no stretch of a stream.
-        let name = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let name = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         Self(Self(seed).next_u64() ^ name)
     }
 }
@@ -203,12 +239,18 @@ mod tests {
 
         // 40,000 draws: the mean lies within 4 standard errors, the spread within 2 %.
         let (mean, stdev) = mean_and_stdev(&weights(1, "a", NORMAL)?);
-        assert!((mean - 0.5).abs() < 4.0 * 2.0 / 200.0 && (stdev / 2.0 - 1.0).abs() < 0.02, "{mean} {stdev}");
+        assert!(
+            (mean - 0.5).abs() < 4.0 * 2.0 / 200.0 && (stdev / 2.0 - 1.0).abs() < 0.02,
+            "{mean} {stdev}"
+        );
 
         let uniform = weights(1, "a", Init::Uniform { lo: -1.0, up: 3.0 })?;
         let (mean, stdev) = mean_and_stdev(&uniform);
         assert!(uniform.iter().all(|v| (-1.0..3.0).contains(v)));
-        assert!((mean - 1.0).abs() < 0.03 && (stdev / (4.0 / 12f64.sqrt()) - 1.0).abs() < 0.02, "{mean} {stdev}");
+        assert!(
+            (mean - 1.0).abs() < 0.03 && (stdev / (4.0 / 12f64.sqrt()) - 1.0).abs() < 0.02,
+            "{mean} {stdev}"
+        );
 
         for (fan, features) in [(FanInOut::FanIn, 400.0), (FanInOut::FanOut, 100.0)] {
             for dist in [NormalOrUniform::Normal, NormalOrUniform::Uniform] {
@@ -216,7 +258,10 @@ mod tests {
                 let (mean, stdev) = mean_and_stdev(&weights(1, "a", init)?);
                 let expected = (2f64 / features).sqrt();
                 assert!(mean.abs() < 4.0 * expected / 200.0, "{dist:?} {fan:?}: mean {mean}");
-                assert!((stdev / expected - 1.0).abs() < 0.02, "{dist:?} {fan:?}: {stdev}, not {expected}");
+                assert!(
+                    (stdev / expected - 1.0).abs() < 0.02,
+                    "{dist:?} {fan:?}: {stdev}, not {expected}"
+                );
             }
         }
         Ok(())
@@ -247,7 +292,9 @@ mod tests {
     #[test]
     fn impossible_distributions_are_refused() {
         for init in [Init::Randn { mean: 0.0, stdev: -1.0 }, Init::Uniform { lo: 1.0, up: 0.0 }] {
-            assert!(weights(1, "a", init).unwrap_err().to_string().starts_with("init: a: expected"));
+            assert!(
+                weights(1, "a", init).unwrap_err().to_string().starts_with("init: a: expected")
+            );
         }
     }
 }

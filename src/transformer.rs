@@ -16,7 +16,9 @@ use rand::distr::weighted::WeightedIndex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::mask::{DropMask, MaskGenerator};
-use crate::ops::{AttentionMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout};
+use crate::ops::{
+    AttentionMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
+};
 
 /// The hyperparameters of a [`Gpt`], with the names Hugging Face gives them.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,7 +47,7 @@ pub struct GptConfig {
     /// Probability that the last block's branches are skipped for a sample; block `l` of `L` uses `l / L` of it.
     pub drop_path_rate: f32,
     /// Whether to run the fused ops (the default) or the same maths from candle's own ops around
-    /// [`dropout`](crate::ops::dropout). Both draw the same masks; the second form is there to compare with.
+    /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare with.
     pub fused: bool,
 }
 
@@ -95,7 +97,9 @@ impl GptConfig {
         }
         if !self.n_embd.is_multiple_of(self.n_head) {
             let (n_embd, n_head) = (self.n_embd, self.n_head);
-            bail!("gpt: n_embd: expected a multiple of n_head = {n_head}, got {n_embd}: change one of the two")
+            bail!(
+                "gpt: n_embd: expected a multiple of n_head = {n_head}, got {n_embd}: change one of the two"
+            )
         }
         let rates = [
             ("embd_pdrop", self.embd_pdrop),
@@ -108,9 +112,10 @@ impl GptConfig {
                 bail!("gpt: {name}: expected a probability from 0 to 1, got {rate}")
             }
         }
-        for (name, value) in
-            [("layer_norm_epsilon", self.layer_norm_epsilon), ("initializer_range", self.initializer_range)]
-        {
+        for (name, value) in [
+            ("layer_norm_epsilon", self.layer_norm_epsilon),
+            ("initializer_range", self.initializer_range),
+        ] {
             if !(value.is_finite() && value > 0.0) {
                 bail!("gpt: {name}: expected a positive number, got {value}")
             }
@@ -147,7 +152,11 @@ struct DropSite {
 
 impl DropSite {
     fn draw(&self, train: bool) -> Result<DropMask> {
-        if train { DropMask::new(self.drop_p, self.generator.next_key()) } else { Ok(DropMask::none()) }
+        if train {
+            DropMask::new(self.drop_p, self.generator.next_key())
+        } else {
+            Ok(DropMask::none())
+        }
     }
 }
 
@@ -180,7 +189,8 @@ struct Projection {
 
 impl Projection {
     fn new(inputs: usize, outputs: usize, stdev: f64, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get_with_hints((inputs, outputs), "weight", Init::Randn { mean: 0.0, stdev })?;
+        let weight =
+            vb.get_with_hints((inputs, outputs), "weight", Init::Randn { mean: 0.0, stdev })?;
         let bias = vb.get_with_hints(outputs, "bias", Init::Const(0.0))?;
         Ok(Self { weight, bias })
     }
@@ -274,7 +284,12 @@ struct Block {
 
 impl Block {
     /// Block `layer` of `1..=n_layer`.
-    fn new(config: &GptConfig, layer: usize, generator: &Arc<MaskGenerator>, vb: VarBuilder) -> Result<Self> {
+    fn new(
+        config: &GptConfig,
+        layer: usize,
+        generator: &Arc<MaskGenerator>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         let (c, stdev, fused) = (config.n_embd, config.initializer_range, config.fused);
         let drop = |drop_p| DropSite { drop_p, generator: generator.clone() };
         let residual = |inputs, vb| -> Result<ResidualBranch> {
@@ -317,7 +332,7 @@ impl Block {
 /// ```
 /// use std::sync::Arc;
 /// use candle_core::{DType, Device, Result, Tensor};
-/// use candle_dropout::{Gpt, GptConfig, mask::MaskGenerator, seeded_var_builder};
+/// use candle_dropout::{Gpt, GptConfig, MaskGenerator, seeded_var_builder};
 /// use candle_nn::VarMap;
 ///
 /// # fn main() -> Result<()> {
@@ -347,7 +362,8 @@ impl Gpt {
     pub fn new(config: &GptConfig, generator: Arc<MaskGenerator>, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
-        let block = |layer| Block::new(config, layer, &generator, vb.pp(format!("h.{}", layer - 1)));
+        let block =
+            |layer| Block::new(config, layer, &generator, vb.pp(format!("h.{}", layer - 1)));
         Ok(Self {
             wte: vb.get_with_hints((config.vocab_size, config.n_embd), "wte.weight", init)?,
             wpe: vb.get_with_hints((config.n_positions, config.n_embd), "wpe.weight", init)?,
@@ -372,7 +388,9 @@ impl Gpt {
         let (b, t) = ids.dims2()?;
         let (n_positions, c) = self.wpe.dims2()?;
         if b == 0 || t == 0 || t > n_positions {
-            bail!("gpt: ids: expected [B, T] with B >= 1 and 1 <= T <= n_positions = {n_positions}, got [{b}, {t}]")
+            bail!(
+                "gpt: ids: expected [B, T] with B >= 1 and 1 <= T <= n_positions = {n_positions}, got [{b}, {t}]"
+            )
         }
         let tokens = self.wte.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, c))?; // [B, T, C]
         let x = tokens.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
@@ -398,10 +416,14 @@ impl Gpt {
             bail!("generate: prompt: expected at least 1 token, got none")
         }
         if !(temperature.is_finite() && temperature >= 0.0) {
-            bail!("generate: temperature: expected a finite number of at least 0, got {temperature}")
+            bail!(
+                "generate: temperature: expected a finite number of at least 0, got {temperature}"
+            )
         }
         if config.top_k == Some(0) {
-            bail!("generate: top_k: expected at least 1, got 0: use `None` to sample from all tokens")
+            bail!(
+                "generate: top_k: expected at least 1, got 0: use `None` to sample from all tokens"
+            )
         }
         let mut rng = StdRng::seed_from_u64(config.seed);
         let mut ids = prompt.to_vec();
@@ -424,9 +446,12 @@ fn sample(logits: &[f32], config: &GenerationConfig, rng: &mut StdRng) -> Result
         return Ok(tokens[0] as u32);
     }
     tokens.truncate(config.top_k.unwrap_or(logits.len()));
-    let weight = |&token: &usize| (f64::from(logits[token] - logits[tokens[0]]) / config.temperature).exp();
+    let weight =
+        |&token: &usize| (f64::from(logits[token] - logits[tokens[0]]) / config.temperature).exp();
     match WeightedIndex::new(tokens.iter().map(weight)) {
         Ok(weights) => Ok(tokens[rng.sample(weights)] as u32),
-        Err(error) => bail!("generate: logits: expected finite numbers ({error}): has training diverged?"),
+        Err(error) => {
+            bail!("generate: logits: expected finite numbers ({error}): has training diverged?")
+        }
     }
 }

@@ -3,13 +3,19 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_dropout::mask::MaskGenerator;
-use candle_dropout::{GenerationConfig, Gpt, GptConfig, seeded_var_builder};
+use candle_dropout::{GenerationConfig, Gpt, GptConfig, MaskGenerator, seeded_var_builder};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
 
 fn tiny() -> GptConfig {
-    GptConfig { vocab_size: 17, n_positions: 12, n_embd: 16, n_layer: 2, n_head: 4, ..GptConfig::default() }
-        .with_dropout(0.1)
+    GptConfig {
+        vocab_size: 17,
+        n_positions: 12,
+        n_embd: 16,
+        n_layer: 2,
+        n_head: 4,
+        ..GptConfig::default()
+    }
+    .with_dropout(0.1)
 }
 
 fn model(config: &GptConfig, seed: u64) -> Result<(Gpt, VarMap)> {
@@ -20,7 +26,8 @@ fn model(config: &GptConfig, seed: u64) -> Result<(Gpt, VarMap)> {
 
 /// Token ids `[b, t]` that follow a pattern a model can learn.
 fn ids(b: usize, t: usize, step: usize) -> Result<Tensor> {
-    let ids: Vec<u32> = (0..b * t).map(|at| ((at / t + (at % t) * (step + 1)) % 17) as u32).collect();
+    let ids: Vec<u32> =
+        (0..b * t).map(|at| ((at / t + (at % t) * (step + 1)) % 17) as u32).collect();
     Tensor::from_vec(ids, (b, t), &Device::Cpu)
 }
 
@@ -37,10 +44,18 @@ fn every_parameter_receives_a_finite_non_zero_gradient() -> Result<()> {
             let (gpt, vars) = model(&GptConfig { drop_path_rate, fused, ..tiny() }, 1)?;
             let grads = loss(&gpt, &ids(8, 13, 0)?, true)?.backward()?;
             for (name, var) in vars.data().lock().unwrap().iter() {
-                let grad = grads.get(var).unwrap_or_else(|| panic!("{name} has no gradient (fused: {fused})"));
+                let grad = grads
+                    .get(var)
+                    .unwrap_or_else(|| panic!("{name} has no gradient (fused: {fused})"));
                 let grad = grad.flatten_all()?.to_vec1::<f32>()?;
-                assert!(grad.iter().all(|g| g.is_finite()), "{name}: gradient not finite (fused: {fused})");
-                assert!(grad.iter().any(|g| *g != 0.0), "{name}: gradient is zero (fused: {fused})");
+                assert!(
+                    grad.iter().all(|g| g.is_finite()),
+                    "{name}: gradient not finite (fused: {fused})"
+                );
+                assert!(
+                    grad.iter().any(|g| *g != 0.0),
+                    "{name}: gradient is zero (fused: {fused})"
+                );
             }
         }
     }
@@ -51,7 +66,8 @@ fn every_parameter_receives_a_finite_non_zero_gradient() -> Result<()> {
 fn fused_and_unfused_training_agree() -> Result<()> {
     let train = |fused| -> Result<Vec<f32>> {
         let (gpt, vars) = model(&GptConfig { drop_path_rate: 0.1, fused, ..tiny() }, 3)?;
-        let mut adamw = AdamW::new(vars.all_vars(), ParamsAdamW { lr: 3e-3, ..Default::default() })?;
+        let mut adamw =
+            AdamW::new(vars.all_vars(), ParamsAdamW { lr: 3e-3, ..Default::default() })?;
         let step = |step| {
             let loss = loss(&gpt, &ids(8, 13, step)?, true)?;
             adamw.backward_step(&loss)?;
@@ -74,7 +90,11 @@ fn the_same_masks_are_drawn_fused_or_not_and_none_in_evaluation() -> Result<()> 
             let config = GptConfig { drop_path_rate, fused, ..tiny().with_dropout(drop_p) };
             let vars = VarMap::new();
             let masks = Arc::new(MaskGenerator::new(5));
-            let gpt = Gpt::new(&config, masks.clone(), seeded_var_builder(&vars, 5, DType::F32, &Device::Cpu))?;
+            let gpt = Gpt::new(
+                &config,
+                masks.clone(),
+                seeded_var_builder(&vars, 5, DType::F32, &Device::Cpu),
+            )?;
             gpt.forward(&ids(3, 12, 0)?, false)?;
             assert_eq!(masks.state().counter, 0, "evaluation drew a key");
             let logits = gpt.forward(&ids(3, 12, 0)?, true)?.flatten_all()?.to_vec1()?;
@@ -83,7 +103,10 @@ fn the_same_masks_are_drawn_fused_or_not_and_none_in_evaluation() -> Result<()> 
         let ((fused, keys), (unfused, unfused_keys)) = (logits(true)?, logits(false)?);
         assert_eq!((keys, unfused_keys), (11, 11), "1 + 5 n_layer keys a call");
         for (a, b) in fused.iter().zip(&unfused) {
-            assert!((a - b).abs() < 1e-5, "p {drop_p}, drop path {drop_path_rate}: {a} fused, {b} unfused");
+            assert!(
+                (a - b).abs() < 1e-5,
+                "p {drop_p}, drop path {drop_path_rate}: {a} fused, {b} unfused"
+            );
         }
     }
     Ok(())
@@ -93,7 +116,9 @@ fn the_same_masks_are_drawn_fused_or_not_and_none_in_evaluation() -> Result<()> 
 fn training_mode_without_dropout_is_evaluation_mode() -> Result<()> {
     for fused in [true, false] {
         let (gpt, _) = model(&GptConfig { fused, ..tiny().with_dropout(0.0) }, 1)?;
-        let logits = |train| -> Result<Vec<f32>> { gpt.forward(&ids(2, 9, 0)?, train)?.flatten_all()?.to_vec1() };
+        let logits = |train| -> Result<Vec<f32>> {
+            gpt.forward(&ids(2, 9, 0)?, train)?.flatten_all()?.to_vec1()
+        };
         assert_eq!(logits(true)?, logits(false)?);
     }
     Ok(())
@@ -114,11 +139,14 @@ fn a_token_sees_only_what_precedes_it() -> Result<()> {
 
 #[test]
 fn saved_weights_load_into_an_equal_model() -> Result<()> {
-    let path = std::env::temp_dir().join(format!("candle-dropout-gpt-{}.safetensors", std::process::id()));
+    let path =
+        std::env::temp_dir().join(format!("candle-dropout-gpt-{}.safetensors", std::process::id()));
     let (gpt, vars) = model(&tiny(), 1)?;
     vars.save(&path)?;
 
-    let logits = |gpt: &Gpt| -> Result<Vec<f32>> { gpt.forward(&ids(2, 9, 0)?, false)?.flatten_all()?.to_vec1() };
+    let logits = |gpt: &Gpt| -> Result<Vec<f32>> {
+        gpt.forward(&ids(2, 9, 0)?, false)?.flatten_all()?.to_vec1()
+    };
     let (other, mut other_vars) = model(&tiny(), 2)?;
     assert_ne!(logits(&gpt)?, logits(&other)?);
     other_vars.load(&path)?;
@@ -170,9 +198,17 @@ fn bad_generation_settings_are_refused() -> Result<()> {
     let (gpt, _) = model(&tiny(), 1)?;
     let config = GenerationConfig::default;
     let error = |prompt: &[u32], config| gpt.generate(prompt, &config).unwrap_err().to_string();
-    assert!(error(&[], config()).starts_with("generate: prompt: expected at least 1 token, got none"));
-    assert!(error(&[1], GenerationConfig { temperature: -1.0, ..config() }).starts_with("generate: temperature:"));
-    assert!(error(&[1], GenerationConfig { top_k: Some(0), ..config() }).starts_with("generate: top_k:"));
+    assert!(
+        error(&[], config()).starts_with("generate: prompt: expected at least 1 token, got none")
+    );
+    assert!(
+        error(&[1], GenerationConfig { temperature: -1.0, ..config() })
+            .starts_with("generate: temperature:")
+    );
+    assert!(
+        error(&[1], GenerationConfig { top_k: Some(0), ..config() })
+            .starts_with("generate: top_k:")
+    );
     assert!(gpt.generate(&[17], &config()).is_err());
     Ok(())
 }
@@ -180,12 +216,27 @@ fn bad_generation_settings_are_refused() -> Result<()> {
 #[test]
 fn bad_configurations_are_refused_before_any_variable_is_made() {
     let cases = [
-        (GptConfig { n_head: 3, ..tiny() }, "gpt: n_embd: expected a multiple of n_head = 3, got 16"),
+        (
+            GptConfig { n_head: 3, ..tiny() },
+            "gpt: n_embd: expected a multiple of n_head = 3, got 16",
+        ),
         (GptConfig { n_layer: 0, ..tiny() }, "gpt: n_layer: expected at least 1, got 0"),
-        (GptConfig { attn_pdrop: 1.5, ..tiny() }, "gpt: attn_pdrop: expected a probability from 0 to 1, got 1.5"),
-        (GptConfig { resid_pdrop: f32::NAN, ..tiny() }, "gpt: resid_pdrop: expected a probability from 0 to 1, got NaN"),
-        (GptConfig { drop_path_rate: -0.1, ..tiny() }, "gpt: drop_path_rate: expected a probability from 0 to 1"),
-        (GptConfig { initializer_range: 0.0, ..tiny() }, "gpt: initializer_range: expected a positive number, got 0"),
+        (
+            GptConfig { attn_pdrop: 1.5, ..tiny() },
+            "gpt: attn_pdrop: expected a probability from 0 to 1, got 1.5",
+        ),
+        (
+            GptConfig { resid_pdrop: f32::NAN, ..tiny() },
+            "gpt: resid_pdrop: expected a probability from 0 to 1, got NaN",
+        ),
+        (
+            GptConfig { drop_path_rate: -0.1, ..tiny() },
+            "gpt: drop_path_rate: expected a probability from 0 to 1",
+        ),
+        (
+            GptConfig { initializer_range: 0.0, ..tiny() },
+            "gpt: initializer_range: expected a positive number, got 0",
+        ),
     ];
     for (config, expected) in cases {
         let vars = VarMap::new();

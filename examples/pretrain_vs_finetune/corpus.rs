@@ -51,7 +51,8 @@ const CODE: [(&str, &str); 8] = [
 
 /// Prose of such crates: (crate, file).
 const PROSE_TRAIN: [(&str, &str); 2] = [("rayon", "FAQ.md"), ("rayon-core", "src/sleep/README.md")];
-const PROSE_DEV: [(&str, &str); 2] = [("rayon", "src/iter/plumbing/README.md"), ("criterion", "README.md")];
+const PROSE_DEV: [(&str, &str); 2] =
+    [("rayon", "src/iter/plumbing/README.md"), ("criterion", "README.md")];
 const PROSE_TEST: [(&str, &str); 8] = [
     ("anyhow", "README.md"),
     ("half", "README.md"),
@@ -76,7 +77,8 @@ pub fn built_in() -> Result<(Splits, Splits)> {
     let prose = |files: &[(&str, &str)]| -> Result<Vec<Document>> {
         files.iter().map(|(name, file)| sources.file(name, file)).collect()
     };
-    let prose = Splits { train: prose(&PROSE_TRAIN)?, dev: prose(&PROSE_DEV)?, test: prose(&PROSE_TEST)? };
+    let prose =
+        Splits { train: prose(&PROSE_TRAIN)?, dev: prose(&PROSE_DEV)?, test: prose(&PROSE_TEST)? };
     Ok((Splits::by_document(code), prose))
 }
 
@@ -94,19 +96,33 @@ impl Sources {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let run = |args: &[&str]| -> Result<String> {
             let command = || format!("`{} {}`", Path::new(&cargo).display(), args.join(" "));
-            let output = Command::new(&cargo).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+            let output =
+                Command::new(&cargo).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output();
             let output = output.with_context(|| format!("cannot run {}", command()))?;
-            ensure!(output.status.success(), "{} failed: {}", command(), String::from_utf8_lossy(&output.stderr).trim());
+            ensure!(
+                output.status.success(),
+                "{} failed: {}",
+                command(),
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
             Ok(String::from_utf8(output.stdout)?)
         };
         // Without the filter, cargo asks for the sources of other platforms, which no build here ever fetched.
         let version = run(&["--version", "--verbose"])?;
         let host = version.lines().find_map(|line| line.strip_prefix("host: "));
         let host = host.context("`cargo --version --verbose` names no host")?;
-        let metadata =
-            run(&["metadata", "--locked", "--offline", "--format-version", "1", "--filter-platform", host])?;
+        let metadata = run(&[
+            "metadata",
+            "--locked",
+            "--offline",
+            "--format-version",
+            "1",
+            "--filter-platform",
+            host,
+        ])?;
         let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
-        let packages = metadata["packages"].as_array().context("cargo metadata lists no packages")?;
+        let packages =
+            metadata["packages"].as_array().context("cargo metadata lists no packages")?;
         let package = |package: &serde_json::Value| -> Option<Package> {
             let field = |key: &str| package[key].as_str().map(str::to_string);
             let folder = Path::new(&field("manifest_path")?).parent()?.to_path_buf();
@@ -116,12 +132,16 @@ impl Sources {
     }
 
     fn package(&self, name: &str, version: &str) -> Result<&Package> {
-        let found = self.0.iter().find(|package| package.name == name && package.version.starts_with(version));
+        let found = self
+            .0
+            .iter()
+            .find(|package| package.name == name && package.version.starts_with(version));
         found.with_context(|| format!("{name} {version} is not among the dependencies"))
     }
 
     fn file(&self, name: &str, file: &str) -> Result<Document> {
-        let version = CODE.iter().find(|(known, _)| *known == name).map_or("", |(_, version)| version);
+        let version =
+            CODE.iter().find(|(known, _)| *known == name).map_or("", |(_, version)| version);
         let path = self.package(name, version)?.folder.join(file);
         Ok(Document { name: format!("{name}/{file}"), text: read_text(&path)?.into_bytes() })
     }
@@ -132,7 +152,8 @@ impl Sources {
         let mut files = Vec::new();
         let mut folders = vec![folder.join("src")];
         while let Some(folder) = folders.pop() {
-            let entries = std::fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))?;
+            let entries = std::fs::read_dir(&folder)
+                .with_context(|| format!("cannot list {}", folder.display()))?;
             for entry in entries {
                 let path = entry?.path();
                 if path.is_dir() {
@@ -144,14 +165,17 @@ impl Sources {
         }
         let mut names: Vec<String> = Vec::new();
         for file in &files {
-            let parts: Vec<_> = file.strip_prefix(folder)?.iter().map(|part| part.to_string_lossy()).collect();
+            let parts: Vec<_> =
+                file.strip_prefix(folder)?.iter().map(|part| part.to_string_lossy()).collect();
             names.push(parts.join("/"));
         }
         names.sort();
-        let nonempty = |document: &Result<Document>| !document.as_ref().is_ok_and(|d| d.text.is_empty());
+        let nonempty =
+            |document: &Result<Document>| !document.as_ref().is_ok_and(|d| d.text.is_empty());
         let read = |file: &String| {
             let path = folder.join(file);
-            let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let text =
+                std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
             Ok(Document { name: format!("{name}/{file}"), text })
         };
         names.iter().map(read).filter(nonempty).collect()
@@ -164,7 +188,10 @@ fn read_text(path: &Path) -> Result<String> {
     ensure!(!bytes.is_empty(), "{} is empty: expected text", path.display());
     ensure!(!bytes.contains(&0), "{} is not text: it holds zero bytes", path.display());
     String::from_utf8(bytes).ok().with_context(|| {
-        format!("{} is not text in UTF-8: convert it, for instance with `iconv -f latin1 -t utf-8`", path.display())
+        format!(
+            "{} is not text in UTF-8: convert it, for instance with `iconv -f latin1 -t utf-8`",
+            path.display()
+        )
     })
 }
 
@@ -176,7 +203,11 @@ pub fn read_documents(paths: &[PathBuf]) -> Result<Vec<Document>> {
         let text = read_text(path)?;
         let parts: Vec<&str> = text.split('\u{c}').map(|part| part.trim_matches('\n')).collect();
         for (i, part) in parts.iter().enumerate().filter(|(_, part)| !part.trim().is_empty()) {
-            let name = if parts.len() == 1 { path.display().to_string() } else { format!("{}#{i}", path.display()) };
+            let name = if parts.len() == 1 {
+                path.display().to_string()
+            } else {
+                format!("{}#{i}", path.display())
+            };
             documents.push(Document { name, text: part.as_bytes().to_vec() });
         }
     }
@@ -187,7 +218,11 @@ pub fn read_documents(paths: &[PathBuf]) -> Result<Vec<Document>> {
 impl Splits {
     /// By document where there are ten or more, else every document is cut in three with gaps of `gap` bytes.
     pub fn of(documents: Vec<Document>, gap: usize) -> Self {
-        if documents.len() >= 10 { Self::by_document(documents) } else { Self::contiguous(documents, gap) }
+        if documents.len() >= 10 {
+            Self::by_document(documents)
+        } else {
+            Self::contiguous(documents, gap)
+        }
     }
 
     /// Of every ten documents in their order, eight to train, one dev, one test.
@@ -220,7 +255,8 @@ impl Splits {
 
     /// Bytes in train, dev and test.
     pub fn bytes(&self) -> [usize; 3] {
-        [&self.train, &self.dev, &self.test].map(|documents| documents.iter().map(|d| d.text.len()).sum())
+        [&self.train, &self.dev, &self.test]
+            .map(|documents| documents.iter().map(|d| d.text.len()).sum())
     }
 }
 
@@ -257,7 +293,8 @@ pub fn fnv1a(corpora: &[&Splits]) -> u64 {
 /// Non-overlapping windows: every byte is a target at most once, and no window crosses documents.
 pub fn windows(documents: &[Document], context: usize) -> Vec<Window> {
     let of = |(document, d): (usize, &Document)| {
-        (0..d.text.len().saturating_sub(1) / context).map(move |i| Window { document, start: i * context })
+        (0..d.text.len().saturating_sub(1) / context)
+            .map(move |i| Window { document, start: i * context })
     };
     documents.iter().enumerate().flat_map(of).collect()
 }
@@ -277,17 +314,25 @@ pub fn spread(windows: &[Window], limit: usize) -> Vec<Window> {
 }
 
 /// Drops the windows that share [`GUARD_BYTES`] neighbouring bytes with any of `train`; returns how many it dropped.
-pub fn remove_seen(windows: &mut Vec<Window>, documents: &[Document], context: usize, train: &[&[Document]]) -> usize {
+pub fn remove_seen(
+    windows: &mut Vec<Window>,
+    documents: &[Document],
+    context: usize,
+    train: &[&[Document]],
+) -> usize {
     // A window shorter than what is compared is judged with its surroundings.
     let around = |window: &Window| {
         let text = &documents[window.document].text;
         let end = (window.start + (context + 1).max(GUARD_BYTES)).min(text.len());
         &text[window.start.min(end.saturating_sub(GUARD_BYTES))..end]
     };
-    let held_out: HashSet<u64> = windows.iter().flat_map(|window| rolling_hashes(around(window))).collect();
+    let held_out: HashSet<u64> =
+        windows.iter().flat_map(|window| rolling_hashes(around(window))).collect();
     let training = train.iter().flat_map(|documents| documents.iter());
-    let seen: HashSet<u64> =
-        training.flat_map(|document| rolling_hashes(&document.text)).filter(|hash| held_out.contains(hash)).collect();
+    let seen: HashSet<u64> = training
+        .flat_map(|document| rolling_hashes(&document.text))
+        .filter(|hash| held_out.contains(hash))
+        .collect();
     let before = windows.len();
     windows.retain(|window| !rolling_hashes(around(window)).any(|hash| seen.contains(&hash)));
     before - windows.len()
@@ -329,7 +374,8 @@ mod tests {
     }
 
     fn file(name: &str, bytes: &[u8]) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("candle-dropout-corpus-{}-{name}", std::process::id()));
+        let path = std::env::temp_dir()
+            .join(format!("candle-dropout-corpus-{}-{name}", std::process::id()));
         std::fs::write(&path, bytes).unwrap();
         path
     }
@@ -338,7 +384,10 @@ mod tests {
     fn the_built_in_text_is_the_one_that_was_measured() {
         let (code, prose) = built_in().unwrap();
         let hash = fnv1a(&[&code, &prose]);
-        assert_eq!(hash, 0, "the text has changed (hash {hash:#018x}): figures in the documentation need a new run");
+        assert_eq!(
+            hash, 0,
+            "the text has changed (hash {hash:#018x}): figures in the documentation need a new run"
+        );
         assert!(code.bytes().iter().all(|&bytes| bytes > 100_000), "{:?}", code.bytes());
     }
 
@@ -365,11 +414,16 @@ mod tests {
 
     #[test]
     fn windows_do_not_overlap_and_stay_inside_their_document() {
-        let documents = [document(&"x".repeat(65)), document(&"y".repeat(64)), document(&"z".repeat(200))];
-        let starts: Vec<_> = windows(&documents, 64).iter().map(|w| (w.document, w.start)).collect();
+        let documents =
+            [document(&"x".repeat(65)), document(&"y".repeat(64)), document(&"z".repeat(200))];
+        let starts: Vec<_> =
+            windows(&documents, 64).iter().map(|w| (w.document, w.start)).collect();
         assert_eq!(starts, [(0, 0), (2, 0), (2, 64), (2, 128)]);
         assert_eq!(all_windows(&documents, 64).len(), 1 + 136);
-        assert_eq!(spread(&windows(&documents, 64), 2).iter().map(|w| w.start).collect::<Vec<_>>(), [0, 64]);
+        assert_eq!(
+            spread(&windows(&documents, 64), 2).iter().map(|w| w.start).collect::<Vec<_>>(),
+            [0, 64]
+        );
     }
 
     #[test]
@@ -380,11 +434,18 @@ mod tests {
         for context in [16, 64] {
             let mut kept = windows(&held_out, context);
             let removed = remove_seen(&mut kept, &held_out, context, &[&train]);
-            assert!(removed > 0 && !kept.is_empty(), "context {context}: {removed} removed, {} kept", kept.len());
+            assert!(
+                removed > 0 && !kept.is_empty(),
+                "context {context}: {removed} removed, {} kept",
+                kept.len()
+            );
             for window in kept {
                 let text = &held_out[0].text[window.start..window.start + context + 1];
                 let copied = copied.as_bytes().windows(GUARD_BYTES);
-                assert!(!copied.into_iter().any(|c| text.windows(GUARD_BYTES).any(|t| t == c)), "context {context}");
+                assert!(
+                    !copied.into_iter().any(|c| text.windows(GUARD_BYTES).any(|t| t == c)),
+                    "context {context}"
+                );
             }
         }
     }
@@ -405,6 +466,9 @@ mod tests {
         assert!(error(file("blank", b" \n\n")).contains("nothing but white space"));
         assert!(error(file("zero", b"a\0b")).contains("is not text: it holds zero bytes"));
         assert!(error(file("latin1", b"caf\xe9")).contains("iconv -f latin1"));
-        assert_eq!(require("text", 5, 9, "give more").unwrap_err().to_string(), "text: 9 bytes are needed, there are 5: give more");
+        assert_eq!(
+            require("text", 5, 9, "give more").unwrap_err().to_string(),
+            "text: 9 bytes are needed, there are 5: give more"
+        );
     }
 }

@@ -42,7 +42,8 @@ fn main() -> Result<()> {
     let hash = corpus::fnv1a(&[&pretrain_text, &finetune_text]);
     let (tasks, text) = tasks(pretrain_text, finetune_text, hash, &settings)?;
     text.print();
-    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot create {}", args.out.display()))?;
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot create {}", args.out.display()))?;
 
     let shared = Shared {
         model: settings.gpt(),
@@ -52,7 +53,9 @@ fn main() -> Result<()> {
     };
     let rates: Vec<f32> = [&settings.pretrain_rates[..], &settings.finetune_rates[..]].concat();
     check_guards(&tasks[&Phase::Pretrain], &shared, &rates)?;
-    println!("guards: p = 0 equals no dropout bit for bit, equal seeds give equal runs, keep rates within 4 sigma");
+    println!(
+        "guards: p = 0 equals no dropout bit for bit, equal seeds give equal runs, keep rates within 4 sigma"
+    );
 
     let pretrained = run_phase(Phase::Pretrain, &tasks, &shared, &settings, &[])?;
     let finetuned = run_phase(Phase::Finetune, &tasks, &shared, &settings, &pretrained)?;
@@ -86,8 +89,9 @@ fn run_phase(
         Phase::Pretrain => (&settings.pretrain_rates, settings.pretrain_seeds()),
         Phase::Finetune => (&settings.finetune_rates, settings.finetune_seeds()),
     };
-    let runs: Vec<Run> =
-        seeds.flat_map(|seed| rates.iter().map(move |&drop_p| Run { phase, drop_p, seed })).collect();
+    let runs: Vec<Run> = seeds
+        .flat_map(|seed| rates.iter().map(move |&drop_p| Run { phase, drop_p, seed }))
+        .collect();
     let task = &tasks[&phase];
     let progress = Progress::new(phase, runs.len(), task.recipe.steps);
     let results = side_by_side(&runs, settings.threads, |run| {
@@ -111,7 +115,12 @@ fn tasks(
     let context = settings.context;
     let available = finetune.bytes()[0];
     let remedy = "give more text or lower --finetune-bytes";
-    corpus::require("fine-tuning text", available, settings.finetune_bytes.max(context + 1), remedy)?;
+    corpus::require(
+        "fine-tuning text",
+        available,
+        settings.finetune_bytes.max(context + 1),
+        remedy,
+    )?;
     corpus::truncate(&mut finetune.train, settings.finetune_bytes);
     ensure!(
         !corpus::all_windows(&finetune.train, context).is_empty(),
@@ -126,13 +135,24 @@ fn tasks(
 
     let mut text = TextReport::new(hash, &pretrain, &finetune, settings);
     let training: [&[Document]; 2] = [&pretrain.train, &finetune.train];
-    let mut held_out = |phase: Phase, split: &str, documents: &[Document], limit: usize| -> Result<Vec<Window>> {
+    let mut held_out = |phase: Phase,
+                        split: &str,
+                        documents: &[Document],
+                        limit: usize|
+     -> Result<Vec<Window>> {
         let mut windows = corpus::windows(documents, context);
         // Pretraining is judged before fine-tuning text is seen.
         let seen_by_then = if phase == Phase::Pretrain { &training[..1] } else { &training[..] };
         let removed = corpus::remove_seen(&mut windows, documents, context, seen_by_then);
-        let what = format!("{phase:?} {split} text, without the {removed} windows that also occur in training text");
-        corpus::require(&what.to_lowercase(), windows.len() * context, 2 * context, "give more text")?;
+        let what = format!(
+            "{phase:?} {split} text, without the {removed} windows that also occur in training text"
+        );
+        corpus::require(
+            &what.to_lowercase(),
+            windows.len() * context,
+            2 * context,
+            "give more text",
+        )?;
         let windows = corpus::spread(&windows, limit);
         text.held_out(phase, split, windows.len(), removed);
         Ok(windows)
@@ -145,7 +165,12 @@ fn tasks(
     let mut windows = windows.into_iter();
     let mut task = |splits: Splits, recipe| -> Result<Task> {
         let mut next = || windows.next().context("held-out windows");
-        Ok(Task { train: splits.train, dev: (splits.dev, next()?), test: (splits.test, next()?), recipe })
+        Ok(Task {
+            train: splits.train,
+            dev: (splits.dev, next()?),
+            test: (splits.test, next()?),
+            recipe,
+        })
     };
     let pretrain = task(pretrain, settings.pretrain.clone())?;
     let finetune = task(finetune, settings.finetune.clone())?;

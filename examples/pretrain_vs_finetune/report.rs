@@ -63,7 +63,9 @@ impl TextReport {
             println!("  {name}: train {train} bytes ({epochs:.2} epochs), dev {dev}, test {test}");
         }
         let removed: usize = self.held_out.iter().map(|h| h.removed).sum();
-        println!("  held-out windows removed because {GUARD_BYTES} of their bytes occur in training text: {removed}");
+        println!(
+            "  held-out windows removed because {GUARD_BYTES} of their bytes occur in training text: {removed}"
+        );
     }
 }
 
@@ -130,10 +132,20 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn new(settings: &Settings, text: TextReport, pretrained: Vec<RunResult>, finetuned: Vec<RunResult>, elapsed: Duration) -> Self {
+    pub fn new(
+        settings: &Settings,
+        text: TextReport,
+        pretrained: Vec<RunResult>,
+        finetuned: Vec<RunResult>,
+        elapsed: Duration,
+    ) -> Self {
         let in_window = |p: f32| (0.05..=0.2).contains(&p);
         let some_lower = |rows: &[Row]| {
-            let signs = || rows.iter().filter(|row| in_window(row.drop_p)).filter_map(|row| row.difference.as_ref());
+            let signs = || {
+                rows.iter()
+                    .filter(|row| in_window(row.drop_p))
+                    .filter_map(|row| row.difference.as_ref())
+            };
             if signs().any(|d| d.resolved() == Some(-1.0)) {
                 Verdict::Holds
             } else if signs().count() > 0 && signs().all(|d| d.resolved() == Some(1.0)) {
@@ -181,8 +193,18 @@ impl Report {
         let _ = writeln!(
             out,
             "\n{:9} {:>5} {:>14} {:>14} {:>14} {:>7}  {:>10}  {:>18}  {:>18} {:>7} {:>6} {:>9}",
-            "arm", "p", "train", "dev", "test", "gap", "difference", "95 % CI seeds", "95 % CI documents", "p Holm",
-            "step", "tokens/s"
+            "arm",
+            "p",
+            "train",
+            "dev",
+            "test",
+            "gap",
+            "difference",
+            "95 % CI seeds",
+            "95 % CI documents",
+            "p Holm",
+            "step",
+            "tokens/s"
         );
         for arm in &self.arms {
             for row in &arm.rows {
@@ -191,7 +213,9 @@ impl Report {
                     None => format!("{:.3}", s.mean),
                 };
                 let interval = |interval: Option<(f64, f64)>| {
-                    interval.map_or("-".into(), |(low, high)| format!("[{}, {}]", signed(low), signed(high)))
+                    interval.map_or("-".into(), |(low, high)| {
+                        format!("[{}, {}]", signed(low), signed(high))
+                    })
                 };
                 let d = row.difference.as_ref();
                 let _ = writeln!(
@@ -212,7 +236,11 @@ impl Report {
                 );
             }
         }
-        let _ = writeln!(out, "\n{}; difference to p = 0 of the same seed on the split each arm is judged on (PRE dev, FT test)", self.notes.join("; "));
+        let _ = writeln!(
+            out,
+            "\n{}; difference to p = 0 of the same seed on the split each arm is judged on (PRE dev, FT test)",
+            self.notes.join("; ")
+        );
         for arm in &self.arms {
             let best: Vec<String> = arm.best_p.iter().map(f32::to_string).collect();
             let verdict = match arm.verdict {
@@ -220,10 +248,26 @@ impl Report {
                 Verdict::Fails => "fails",
                 Verdict::NotResolved => "not resolved",
             };
-            let _ = writeln!(out, "\n{}\n  {verdict} ({}; {} seeds, {} test documents)", arm.hypothesis, arm.t_values(), arm.seeds, arm.test_documents);
-            let _ = writeln!(out, "  best p by dev: {} (lowest mean {})", best.join(", "), arm.lowest_dev_p);
+            let _ = writeln!(
+                out,
+                "\n{}\n  {verdict} ({}; {} seeds, {} test documents)",
+                arm.hypothesis,
+                arm.t_values(),
+                arm.seeds,
+                arm.test_documents
+            );
+            let _ = writeln!(
+                out,
+                "  best p by dev: {} (lowest mean {})",
+                best.join(", "),
+                arm.lowest_dev_p
+            );
         }
-        let _ = writeln!(out, "\n{:.0} s on {} with {} runs side by side", self.seconds, self.settings.device, self.settings.threads);
+        let _ = writeln!(
+            out,
+            "\n{:.0} s on {} with {} runs side by side",
+            self.seconds, self.settings.device, self.settings.threads
+        );
         out
     }
 
@@ -257,23 +301,36 @@ impl Report {
         let root = SVGBackend::new(path, (860, 520)).into_drawing_area();
         root.fill(&WHITE)?;
         let mut chart = ChartBuilder::on(&root)
-            .caption("Loss against dropout rate: difference to p = 0, 95 % t interval over seeds", ("sans-serif", 18))
+            .caption(
+                "Loss against dropout rate: difference to p = 0, 95 % t interval over seeds",
+                ("sans-serif", 18),
+            )
             .margin(12)
             .x_label_area_size(40)
             .y_label_area_size(64)
-            .build_cartesian_2d(-0.04 * max_p..1.08 * max_p.max(0.01), low - margin..high + margin)?;
+            .build_cartesian_2d(
+                -0.04 * max_p..1.08 * max_p.max(0.01),
+                low - margin..high + margin,
+            )?;
         chart.configure_mesh().x_desc("dropout rate p").y_desc("difference, nats a byte").draw()?;
-        chart.draw_series(LineSeries::new([(-0.04 * max_p, 0.0), (1.08 * max_p, 0.0)], BLACK.stroke_width(1)))?;
+        chart.draw_series(LineSeries::new(
+            [(-0.04 * max_p, 0.0), (1.08 * max_p, 0.0)],
+            BLACK.stroke_width(1),
+        ))?;
         for ((i, arm), colour) in self.arms.iter().enumerate().zip([&BLUE, &RED, &GREEN]) {
             // Arms stand a little apart so that their bars do not hide one another.
-            let shifted: Vec<_> =
-                points(arm).into_iter().map(|(p, l, m, h)| (p + (i as f64 - 1.0) * 0.008 * max_p, l, m, h)).collect();
-            let line = LineSeries::new(shifted.iter().map(|&(p, _, m, _)| (p, m)), colour.stroke_width(2));
-            chart
-                .draw_series(line)?
-                .label(format!("{} ({})", arm.name, arm.judged_on))
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
-            let bars = shifted.iter().map(|&(p, l, m, h)| ErrorBar::new_vertical(p, l, m, h, colour.filled(), 8));
+            let shifted: Vec<_> = points(arm)
+                .into_iter()
+                .map(|(p, l, m, h)| (p + (i as f64 - 1.0) * 0.008 * max_p, l, m, h))
+                .collect();
+            let line =
+                LineSeries::new(shifted.iter().map(|&(p, _, m, _)| (p, m)), colour.stroke_width(2));
+            chart.draw_series(line)?.label(format!("{} ({})", arm.name, arm.judged_on)).legend(
+                move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)),
+            );
+            let bars = shifted
+                .iter()
+                .map(|&(p, l, m, h)| ErrorBar::new_vertical(p, l, m, h, colour.filled(), 8));
             chart.draw_series(bars)?;
         }
         chart
@@ -318,14 +375,21 @@ impl Arm {
         let of_rate = |p: f32| -> Vec<Outcome> {
             runs.iter().filter(|run| run.run.drop_p == p).map(&outcome).collect()
         };
-        let collect = |outcomes: &[Outcome], f: &dyn Fn(&Outcome) -> f64| outcomes.iter().map(f).collect::<Vec<f64>>();
+        let collect = |outcomes: &[Outcome], f: &dyn Fn(&Outcome) -> f64| {
+            outcomes.iter().map(f).collect::<Vec<f64>>()
+        };
         let base = of_rate(0.0);
         let judged = |o: &Outcome| judge.evaluation(o).loss();
 
         let mut differences: Vec<PairedDifference> = rates
             .iter()
             .filter(|&&p| p > 0.0)
-            .map(|&p| PairedDifference::new(&subtract(&collect(&of_rate(p), &judged), &collect(&base, &judged))))
+            .map(|&p| {
+                PairedDifference::new(&subtract(
+                    &collect(&of_rate(p), &judged),
+                    &collect(&base, &judged),
+                ))
+            })
             .collect();
         holm(&mut differences);
         let mut differences = differences.into_iter();
@@ -334,10 +398,20 @@ impl Arm {
             let outcomes = of_rate(p);
             let documents = |outcomes: &[Outcome]| -> Vec<(f64, usize)> {
                 let first = &judge.evaluation(&outcomes[0]).documents;
-                let sum = |d: usize| outcomes.iter().map(|o| judge.evaluation(o).documents[d].0).sum::<f64>();
-                first.iter().enumerate().map(|(d, &(_, tokens))| (sum(d) / outcomes.len() as f64, tokens)).collect()
+                let sum = |d: usize| {
+                    outcomes.iter().map(|o| judge.evaluation(o).documents[d].0).sum::<f64>()
+                };
+                first
+                    .iter()
+                    .enumerate()
+                    .map(|(d, &(_, tokens))| (sum(d) / outcomes.len() as f64, tokens))
+                    .collect()
             };
-            let speeds: Vec<f64> = runs.iter().filter(|run| run.run.drop_p == p).map(|run| run.tokens_per_second).collect();
+            let speeds: Vec<f64> = runs
+                .iter()
+                .filter(|run| run.run.drop_p == p)
+                .map(|run| run.tokens_per_second)
+                .collect();
             Row {
                 drop_p: p,
                 train: Spread::new(collect(&outcomes, &|o| o.train_loss)),
@@ -346,7 +420,14 @@ impl Arm {
                 gap: Spread::new(collect(&outcomes, &|o| judged(o) - o.train_loss)),
                 difference: if p > 0.0 { differences.next() } else { None },
                 documents: (p > 0.0)
-                    .then(|| bootstrap_documents(&documents(&outcomes), &documents(&base), BOOTSTRAP_DRAWS, 0))
+                    .then(|| {
+                        bootstrap_documents(
+                            &documents(&outcomes),
+                            &documents(&base),
+                            BOOTSTRAP_DRAWS,
+                            0,
+                        )
+                    })
                     .flatten(),
                 step: mean(&collect(&outcomes, &|o| o.step as f64)),
                 tokens_per_second: mean(&speeds),
@@ -373,7 +454,9 @@ impl Arm {
     fn t_values(&self) -> String {
         let t = |row: &Row| {
             let t = row.difference.as_ref()?.t;
-            Some(t.map_or(format!("p {}: no t with one seed", row.drop_p), |t| format!("p {}: t {t:.2}", row.drop_p)))
+            Some(t.map_or(format!("p {}: no t with one seed", row.drop_p), |t| {
+                format!("p {}: t {t:.2}", row.drop_p)
+            }))
         };
         self.rows.iter().filter_map(t).collect::<Vec<_>>().join(", ")
     }
@@ -388,7 +471,9 @@ fn best_set(rows: &[Row]) -> (f32, Vec<f32>) {
     let Some(lowest) = rows.iter().min_by(|a, b| a.dev.mean.total_cmp(&b.dev.mean)) else {
         return (0.0, Vec::new());
     };
-    let ties = |row: &&Row| PairedDifference::new(&subtract(&row.dev.values, &lowest.dev.values)).contains_zero();
+    let ties = |row: &&Row| {
+        PairedDifference::new(&subtract(&row.dev.values, &lowest.dev.values)).contains_zero()
+    };
     (lowest.drop_p, rows.iter().filter(ties).map(|row| row.drop_p).collect())
 }
 
@@ -400,9 +485,12 @@ mod tests {
     /// Runs whose dev and test losses are `base + effect(p) + seed noise`.
     fn runs(effect: impl Fn(f32) -> f64) -> Vec<RunResult> {
         let run = |seed: u64, drop_p: f32| {
-            let loss = 2.0 + 0.1 * seed as f64 + effect(drop_p) * (1.0 + 0.01 * (seed as f64 + f64::from(drop_p) * 7.0).sin());
+            let loss = 2.0
+                + 0.1 * seed as f64
+                + effect(drop_p) * (1.0 + 0.01 * (seed as f64 + f64::from(drop_p) * 7.0).sin());
             let evaluation = Evaluation { documents: vec![(loss * 50.0, 50), (loss * 70.0, 70)] };
-            let last = Outcome { step: 9, train_loss: 1.0, dev: evaluation.clone(), test: evaluation };
+            let last =
+                Outcome { step: 9, train_loss: 1.0, dev: evaluation.clone(), test: evaluation };
             RunResult {
                 run: Run { phase: Phase::Finetune, drop_p, seed },
                 early: last.clone(),
@@ -441,17 +529,22 @@ mod tests {
     fn pairing_removes_what_seeds_share() {
         let report = report(|p| f64::from(p));
         let difference = report.arms[1].rows[1].difference.as_ref().unwrap();
-        assert!((difference.mean - 0.1).abs() < 2e-3 && difference.standard_error.unwrap() < 1e-3, "{difference:?}");
+        assert!(
+            (difference.mean - 0.1).abs() < 2e-3 && difference.standard_error.unwrap() < 1e-3,
+            "{difference:?}"
+        );
         assert_eq!(report.arms[1].best_p, [0.0]);
     }
 
     #[test]
     fn table_json_and_plot_are_written() {
-        let out = std::env::temp_dir().join(format!("candle-dropout-report-{}", std::process::id()));
+        let out =
+            std::env::temp_dir().join(format!("candle-dropout-report-{}", std::process::id()));
         std::fs::create_dir_all(&out).unwrap();
         let report = report(|p| f64::from(p));
         report.write(&out).unwrap();
-        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();
         assert_eq!(json["arms"][0]["verdict"], "Holds");
         assert_eq!(json["runs"].as_array().unwrap().len(), 24);
         assert!(std::fs::read_to_string(out.join("report.svg")).unwrap().contains("FT-early"));

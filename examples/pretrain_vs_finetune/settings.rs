@@ -155,8 +155,14 @@ impl Settings {
             eval_every: 100,
             patience: 4,
         };
-        let finetune =
-            Recipe { steps: 200, lr: 2e-3, warmup: 20, final_lr: 1.0, eval_every: 20, ..pretrain.clone() };
+        let finetune = Recipe {
+            steps: 200,
+            lr: 2e-3,
+            warmup: 20,
+            final_lr: 1.0,
+            eval_every: 20,
+            ..pretrain.clone()
+        };
         let cpu = Self {
             preset,
             device: "cpu".into(),
@@ -200,7 +206,13 @@ impl Settings {
                 finetune_rates: vec![0.0, 0.05, 0.1, 0.2, 0.3],
                 pretrain_seeds: 3,
                 finetune_seeds: 3,
-                pretrain: Recipe { steps: 1_000, batch: 128, lr: 1e-3, warmup: 100, ..cpu.pretrain },
+                pretrain: Recipe {
+                    steps: 1_000,
+                    batch: 128,
+                    lr: 1e-3,
+                    warmup: 100,
+                    ..cpu.pretrain
+                },
                 finetune: Recipe { steps: 250, batch: 32, lr: 3e-4, ..cpu.finetune },
                 finetune_bytes: 50_000,
                 context: 128,
@@ -256,8 +268,13 @@ impl Settings {
         for (flag, value) in at_least_one {
             ensure!(value > 0, "{flag}: expected at least 1, got 0");
         }
-        for (flag, value) in [("--pretrain-lr", self.pretrain.lr), ("--finetune-lr", self.finetune.lr)] {
-            ensure!(value.is_finite() && value > 0.0, "{flag}: expected a positive number, got {value}");
+        for (flag, value) in
+            [("--pretrain-lr", self.pretrain.lr), ("--finetune-lr", self.finetune.lr)]
+        {
+            ensure!(
+                value.is_finite() && value > 0.0,
+                "{flag}: expected a positive number, got {value}"
+            );
         }
         for &p in self.pretrain_rates.iter().chain(&self.finetune_rates) {
             ensure!((0.0..1.0).contains(&p), "dropout rates: expected 0 <= p < 1, got {p}");
@@ -318,7 +335,10 @@ impl Args {
         let (Some(pretrain), Some(finetune)) = (&self.pretrain, &self.finetune) else {
             return corpus::built_in();
         };
-        let read = |train: &[PathBuf], dev: &Option<Vec<PathBuf>>, test: &Option<Vec<PathBuf>>| -> Result<Splits> {
+        let read = |train: &[PathBuf],
+                    dev: &Option<Vec<PathBuf>>,
+                    test: &Option<Vec<PathBuf>>|
+         -> Result<Splits> {
             let train = corpus::read_documents(train)?;
             match (dev, test) {
                 (Some(dev), Some(test)) => {
@@ -343,7 +363,8 @@ mod tests {
 
     #[test]
     fn flags_override_presets_and_zero_is_always_a_rate() {
-        let s = settings(&["--quick", "--finetune-rates", "0.3,0.1,0.1", "--pretrain-lr", "0.5"]).unwrap();
+        let s = settings(&["--quick", "--finetune-rates", "0.3,0.1,0.1", "--pretrain-lr", "0.5"])
+            .unwrap();
         assert_eq!((s.layers, s.pretrain.lr, s.finetune_rates), (1, 0.5, vec![0.0, 0.1, 0.3]));
     }
 
@@ -353,7 +374,9 @@ mod tests {
         assert!(error(&["--pretrain-rates", "0.1,1"]).contains("expected 0 <= p < 1, got 1"));
         assert!(error(&["--finetune-seeds", "9"]).contains("at most --pretrain-seeds = 4, got 9"));
         assert!(error(&["--context", "0"]).contains("--context: expected at least 1"));
-        assert!(error(&["--heads", "5"]).contains("gpt: n_embd: expected a multiple of n_head = 5"));
+        assert!(
+            error(&["--heads", "5"]).contains("gpt: n_embd: expected a multiple of n_head = 5")
+        );
         assert!(error(&["--pretrain", "a.txt"]).contains("--finetune"));
     }
 }

@@ -66,7 +66,8 @@ impl PairedDifference {
 
 /// Holm's step-down correction (Holm 1979), in place.
 pub fn holm(differences: &mut [PairedDifference]) {
-    let mut order: Vec<usize> = (0..differences.len()).filter(|&i| differences[i].p_value.is_some()).collect();
+    let mut order: Vec<usize> =
+        (0..differences.len()).filter(|&i| differences[i].p_value.is_some()).collect();
     order.sort_by(|&a, &b| differences[a].p_value.partial_cmp(&differences[b].p_value).unwrap());
     let mut largest = 0.0f64;
     for (rank, &i) in order.iter().enumerate() {
@@ -79,7 +80,12 @@ pub fn holm(differences: &mut [PairedDifference]) {
 /// Two-sided 95 % interval of the difference of mean losses when whole documents are redrawn (cluster bootstrap).
 ///
 /// `a` and `b` hold (summed loss, tokens) of the same documents; both share every draw.
-pub fn bootstrap_documents(a: &[(f64, usize)], b: &[(f64, usize)], draws: usize, seed: u64) -> Option<(f64, f64)> {
+pub fn bootstrap_documents(
+    a: &[(f64, usize)],
+    b: &[(f64, usize)],
+    draws: usize,
+    seed: u64,
+) -> Option<(f64, f64)> {
     if a.len() < 2 || a.len() != b.len() {
         return None;
     }
@@ -166,7 +172,10 @@ fn ln_gamma(x: f64) -> f64 {
         1.5056327351493116e-7,
     ];
     let x = x - 1.0;
-    let sum = TERMS.iter().enumerate().fold(0.999_999_999_999_809_9, |sum, (i, term)| sum + term / (x + i as f64 + 1.0));
+    let sum = TERMS
+        .iter()
+        .enumerate()
+        .fold(0.999_999_999_999_809_9, |sum, (i, term)| sum + term / (x + i as f64 + 1.0));
     let t = x + 7.5;
     0.5 * (2.0 * std::f64::consts::PI).ln() + (x + 0.5) * t.ln() - t + sum.ln()
 }
@@ -177,7 +186,15 @@ mod tests {
 
     #[test]
     fn t_quantiles_match_the_printed_tables() {
-        let table = [(1.0, 12.706), (2.0, 4.303), (3.0, 3.182), (4.0, 2.776), (9.0, 2.262), (30.0, 2.042), (1000.0, 1.962)];
+        let table = [
+            (1.0, 12.706),
+            (2.0, 4.303),
+            (3.0, 3.182),
+            (4.0, 2.776),
+            (9.0, 2.262),
+            (30.0, 2.042),
+            (1000.0, 1.962),
+        ];
         for (df, expected) in table {
             let got = t_quantile(0.975, df);
             assert!((got - expected).abs() < 5e-4, "df {df}: {got}, not {expected}");
@@ -191,7 +208,9 @@ mod tests {
         let d = PairedDifference::new(&[1.0, 2.0, 3.0]);
         assert!((d.mean - 2.0).abs() < 1e-12);
         assert!((d.standard_error.unwrap() - 0.577350).abs() < 1e-6);
-        assert!((d.low.unwrap() + 0.484138).abs() < 1e-5 && (d.high.unwrap() - 4.484138).abs() < 1e-5);
+        assert!(
+            (d.low.unwrap() + 0.484138).abs() < 1e-5 && (d.high.unwrap() - 4.484138).abs() < 1e-5
+        );
         assert!((d.p_value.unwrap() - 0.074180).abs() < 1e-6, "{:?}", d.p_value);
         assert!(d.contains_zero() && d.resolved().is_none());
     }

@@ -7,8 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::mask::{DropMask, MaskGenerator};
-use candle_dropout::{Gpt, GptConfig, ops, seeded_var_builder};
+use candle_dropout::{DropMask, Gpt, GptConfig, MaskGenerator, dropout, seeded_var_builder};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{SeedableRng, rngs::StdRng};
@@ -47,7 +46,8 @@ pub struct Recipe {
 impl Recipe {
     fn lr_at(&self, step: usize) -> f64 {
         let warmup = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
-        let progress = step.saturating_sub(self.warmup) as f64 / self.steps.saturating_sub(self.warmup).max(1) as f64;
+        let progress = step.saturating_sub(self.warmup) as f64
+            / self.steps.saturating_sub(self.warmup).max(1) as f64;
         let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
         self.lr * warmup * (self.final_lr + (1.0 - self.final_lr) * cosine)
     }
@@ -86,7 +86,8 @@ pub struct Evaluation {
 
 impl Evaluation {
     pub fn loss(&self) -> f64 {
-        let (sum, tokens) = self.documents.iter().fold((0.0, 0), |(s, n), &(sum, tokens)| (s + sum, n + tokens));
+        let (sum, tokens) =
+            self.documents.iter().fold((0.0, 0), |(s, n), &(sum, tokens)| (s + sum, n + tokens));
         sum / tokens as f64
     }
 }
@@ -130,9 +131,15 @@ fn token_losses(logits: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor
 }
 
 /// Inputs `[B, T]` and targets `[B * T]`.
-fn batch(documents: &[Document], windows: &[Window], context: usize, device: &Device) -> candle_core::Result<(Tensor, Tensor)> {
+fn batch(
+    documents: &[Document],
+    windows: &[Window],
+    context: usize,
+    device: &Device,
+) -> candle_core::Result<(Tensor, Tensor)> {
     let bytes = |shift: usize| -> Vec<u32> {
-        let of = |w: &Window| &documents[w.document].text[w.start + shift..w.start + shift + context];
+        let of =
+            |w: &Window| &documents[w.document].text[w.start + shift..w.start + shift + context];
         windows.iter().flat_map(of).map(|&byte| u32::from(byte)).collect()
     };
     let inputs = Tensor::from_vec(bytes(0), (windows.len(), context), device)?;
@@ -152,9 +159,18 @@ impl Model {
         // Within a seed every rate sees one stream of masks, which no other random choice shares.
         let masks = Arc::new(MaskGenerator::new(stream(run, 1)));
         let map = VarMap::new();
-        let gpt = Gpt::new(&config, masks.clone(), seeded_var_builder(&map, run.seed, DType::F32, &shared.device))?;
-        let vars: BTreeMap<String, Var> =
-            map.data().lock().map_err(|e| anyhow!("{e}"))?.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
+        let gpt = Gpt::new(
+            &config,
+            masks.clone(),
+            seeded_var_builder(&map, run.seed, DType::F32, &shared.device),
+        )?;
+        let vars: BTreeMap<String, Var> = map
+            .data()
+            .lock()
+            .map_err(|e| anyhow!("{e}"))?
+            .iter()
+            .map(|(name, var)| (name.clone(), var.clone()))
+            .collect();
         let model = Self { gpt, vars, masks };
         if let Some(weights) = start {
             model.restore(weights)?;
@@ -163,7 +179,10 @@ impl Model {
     }
 
     fn weights(&self) -> Result<Weights> {
-        self.vars.iter().map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach()))).collect()
+        self.vars
+            .iter()
+            .map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach())))
+            .collect()
     }
 
     fn restore(&self, weights: &Weights) -> Result<()> {
@@ -174,8 +193,15 @@ impl Model {
     }
 
     /// Mean loss of a batch; with its gradient, clipped, applied.
-    fn step(&self, adamw: &mut AdamW, inputs: &Tensor, targets: &Tensor, clip: f64, dropout: bool) -> Result<f64> {
-        let logits = self.gpt.forward(inputs, dropout)?.flatten_to(1)?;
+    fn step(
+        &self,
+        adamw: &mut AdamW,
+        inputs: &Tensor,
+        targets: &Tensor,
+        clip: f64,
+        with_dropout: bool,
+    ) -> Result<f64> {
+        let logits = self.gpt.forward(inputs, with_dropout)?.flatten_to(1)?;
         let loss = token_losses(&logits, targets)?.mean_all()?;
         let mut grads = loss.backward()?;
         let mut squares = 0.0;
@@ -197,13 +223,21 @@ impl Model {
     }
 
     /// Loss without dropout, document by document.
-    fn evaluate(&self, shared: &Shared, documents: &[Document], windows: &[Window]) -> Result<Evaluation> {
+    fn evaluate(
+        &self,
+        shared: &Shared,
+        documents: &[Document],
+        windows: &[Window],
+    ) -> Result<Evaluation> {
         let (keys, context) = (self.masks.state().counter, shared.model.n_positions);
         let mut sums = BTreeMap::<usize, (f64, usize)>::new();
         for chunk in windows.chunks(shared.eval_batch) {
             let (inputs, targets) = batch(documents, chunk, context, &shared.device)?;
             let logits = self.gpt.forward(&inputs, false)?.flatten_to(1)?;
-            let losses = token_losses(&logits, &targets)?.reshape((chunk.len(), context))?.sum(1)?.to_vec1::<f32>()?;
+            let losses = token_losses(&logits, &targets)?
+                .reshape((chunk.len(), context))?
+                .sum(1)?
+                .to_vec1::<f32>()?;
             for (window, loss) in chunk.iter().zip(losses) {
                 let sum = sums.entry(window.document).or_default();
                 *sum = (sum.0 + f64::from(loss), sum.1 + context);
@@ -236,12 +270,22 @@ fn window_order(run: &Run, task: &Task, context: usize) -> Result<Vec<Window>> {
     order.shuffle(&mut rng);
     order.truncate(count);
     let distinct: HashSet<&Window> = order.iter().collect();
-    ensure!(distinct.len() == count, "pretraining would see a window twice: {} windows for {count}", distinct.len());
+    ensure!(
+        distinct.len() == count,
+        "pretraining would see a window twice: {} windows for {count}",
+        distinct.len()
+    );
     Ok(order)
 }
 
 /// Trains and evaluates; `on_step` hears of every step.
-pub fn train(run: Run, task: &Task, shared: &Shared, start: Option<&Weights>, on_step: impl Fn()) -> Result<RunResult> {
+pub fn train(
+    run: Run,
+    task: &Task,
+    shared: &Shared,
+    start: Option<&Weights>,
+    on_step: impl Fn(),
+) -> Result<RunResult> {
     let (recipe, context, begin) = (&task.recipe, shared.model.n_positions, Instant::now());
     let model = Model::new(shared, &run, start)?;
     let mut adamw = adamw(&model, recipe)?;
@@ -261,7 +305,8 @@ pub fn train(run: Run, task: &Task, shared: &Shared, start: Option<&Weights>, on
         let step = i + 1;
         if step % recipe.eval_every == 0 || step == recipe.steps {
             let since = curve.last().map_or(step, |point| step - point.step);
-            let point = CurvePoint { step, batch_loss: Some(sum / since as f64), dev_loss: dev()?.loss() };
+            let point =
+                CurvePoint { step, batch_loss: Some(sum / since as f64), dev_loss: dev()?.loss() };
             sum = 0.0;
             if waited < recipe.patience {
                 if point.dev_loss < best.1 {
@@ -281,7 +326,12 @@ pub fn train(run: Run, task: &Task, shared: &Shared, start: Option<&Weights>, on
     };
     let outcome = |step| -> Result<Outcome> {
         let train_loss = model.evaluate(shared, &task.train, &seen)?.loss();
-        Ok(Outcome { step, train_loss, dev: dev()?, test: model.evaluate(shared, &task.test.0, &task.test.1)? })
+        Ok(Outcome {
+            step,
+            train_loss,
+            dev: dev()?,
+            test: model.evaluate(shared, &task.test.0, &task.test.1)?,
+        })
     };
     let last = outcome(recipe.steps)?;
     let early = if best.0 == recipe.steps {
@@ -292,17 +342,34 @@ pub fn train(run: Run, task: &Task, shared: &Shared, start: Option<&Weights>, on
     };
     let tokens = (order.len() * context) as f64;
     let seconds = begin.elapsed().as_secs_f64();
-    Ok(RunResult { run, last, early, curve, tokens_per_second: tokens / training_seconds, seconds, weights })
+    Ok(RunResult {
+        run,
+        last,
+        early,
+        curve,
+        tokens_per_second: tokens / training_seconds,
+        seconds,
+        weights,
+    })
 }
 
 fn adamw(model: &Model, recipe: &Recipe) -> Result<AdamW> {
-    let params = ParamsAdamW { lr: recipe.lr, beta2: 0.99, weight_decay: recipe.weight_decay, ..Default::default() };
+    let params = ParamsAdamW {
+        lr: recipe.lr,
+        beta2: 0.99,
+        weight_decay: recipe.weight_decay,
+        ..Default::default()
+    };
     Ok(AdamW::new(model.vars.values().cloned().collect(), params)?)
 }
 
 /// Runs `jobs` on `threads` threads, each inside a rayon pool of its own so that runs never share workers. Results come
 /// in the order of the jobs; the first error stops what has not started.
-pub fn side_by_side<J: Sync, R: Send>(jobs: &[J], threads: usize, work: impl Fn(&J) -> Result<R> + Sync) -> Result<Vec<R>> {
+pub fn side_by_side<J: Sync, R: Send>(
+    jobs: &[J],
+    threads: usize,
+    work: impl Fn(&J) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let worker = || -> Result<Vec<(usize, R)>> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
@@ -332,23 +399,37 @@ pub fn side_by_side<J: Sync, R: Send>(jobs: &[J], threads: usize, work: impl Fn(
 /// Checks, on a few small steps, what every figure of the job rests on.
 pub fn check_guards(task: &Task, shared: &Shared, rates: &[f32]) -> Result<()> {
     let largest = rates.iter().copied().fold(0.1, f32::max);
-    let few_steps = |drop_p: f32, dropout: bool| -> Result<(Vec<u64>, Vec<Vec<u32>>)> {
+    let few_steps = |drop_p: f32, with_dropout: bool| -> Result<(Vec<u64>, Vec<Vec<u32>>)> {
         let run = Run { phase: Phase::Pretrain, drop_p, seed: 0 };
         let model = Model::new(shared, &run, None)?;
         let mut adamw = adamw(&model, &task.recipe)?;
         let mut losses = Vec::new();
         for chunk in window_order(&run, task, shared.model.n_positions)?.chunks(4).take(3) {
-            let (inputs, targets) = batch(&task.train, chunk, shared.model.n_positions, &shared.device)?;
-            losses.push(model.step(&mut adamw, &inputs, &targets, task.recipe.clip, dropout)?.to_bits());
+            let (inputs, targets) =
+                batch(&task.train, chunk, shared.model.n_positions, &shared.device)?;
+            losses.push(
+                model
+                    .step(&mut adamw, &inputs, &targets, task.recipe.clip, with_dropout)?
+                    .to_bits(),
+            );
         }
         let bits = |tensor: &Tensor| -> Result<Vec<u32>> {
             Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
         };
         Ok((losses, model.weights()?.values().map(bits).collect::<Result<_>>()?))
     };
-    ensure!(few_steps(0.0, true)? == few_steps(0.0, false)?, "guard: training with p = 0 is not training without dropout");
-    ensure!(few_steps(largest, true)? == few_steps(largest, true)?, "guard: two runs with one seed differ");
-    ensure!(few_steps(largest, true)? != few_steps(0.0, true)?, "guard: dropout with p = {largest} changes nothing");
+    ensure!(
+        few_steps(0.0, true)? == few_steps(0.0, false)?,
+        "guard: training with p = 0 is not training without dropout"
+    );
+    ensure!(
+        few_steps(largest, true)? == few_steps(largest, true)?,
+        "guard: two runs with one seed differ"
+    );
+    ensure!(
+        few_steps(largest, true)? != few_steps(0.0, true)?,
+        "guard: dropout with p = {largest} changes nothing"
+    );
     for &drop_p in rates {
         check_keep_rate(drop_p, &shared.device)?;
     }
@@ -359,7 +440,7 @@ pub fn check_guards(task: &Task, shared: &Shared, rates: &[f32]) -> Result<()> {
 fn check_keep_rate(drop_p: f32, device: &Device) -> Result<()> {
     let n = 1 << 20;
     let drop = DropMask::new(drop_p, MaskGenerator::new(1).next_key())?;
-    let kept = ops::dropout(&Tensor::ones((1024, n / 1024), DType::F32, device)?, &drop)?;
+    let kept = dropout(&Tensor::ones((1024, n / 1024), DType::F32, device)?, &drop)?;
     let kept = kept.ne(0f32)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? as f64;
     let keep_p = match drop_p {
         0.0 | 1.0 => 1.0 - f64::from(drop_p),
@@ -367,7 +448,11 @@ fn check_keep_rate(drop_p: f32, device: &Device) -> Result<()> {
     };
     let sigma = (n as f64 * keep_p * (1.0 - keep_p)).sqrt();
     let off = (kept - n as f64 * keep_p).abs();
-    ensure!(off <= 4.0 * sigma, "guard: p = {drop_p} kept {kept} of {n}, {:.1} standard deviations off", off / sigma);
+    ensure!(
+        off <= 4.0 * sigma,
+        "guard: p = {drop_p} kept {kept} of {n}, {:.1} standard deviations off",
+        off / sigma
+    );
     Ok(())
 }
 
@@ -391,14 +476,29 @@ mod tests {
 
     fn task() -> Task {
         let documents: Vec<Document> = (0..4)
-            .map(|d| Document { name: d.to_string(), text: (0..200).map(|i| b'a' + (i * (d + 1) % 7) as u8).collect() })
+            .map(|d| Document {
+                name: d.to_string(),
+                text: (0..200).map(|i| b'a' + (i * (d + 1) % 7) as u8).collect(),
+            })
             .collect();
         let held_out = |d: usize| (documents[d..=d].to_vec(), windows(&documents[d..=d], 8));
-        Task { train: documents[..2].to_vec(), dev: held_out(2), test: held_out(3), recipe: recipe() }
+        Task {
+            train: documents[..2].to_vec(),
+            dev: held_out(2),
+            test: held_out(3),
+            recipe: recipe(),
+        }
     }
 
     fn shared() -> Shared {
-        let model = GptConfig { vocab_size: 256, n_positions: 8, n_embd: 8, n_layer: 1, n_head: 2, ..Default::default() };
+        let model = GptConfig {
+            vocab_size: 256,
+            n_positions: 8,
+            n_embd: 8,
+            n_layer: 1,
+            n_head: 2,
+            ..Default::default()
+        };
         Shared { model, device: Device::Cpu, eval_batch: 4, train_windows: 8 }
     }
 
@@ -438,7 +538,14 @@ mod tests {
     #[test]
     fn fine_tuning_starts_from_the_given_weights_and_keeps_the_best_by_dev() {
         let (task, shared) = (task(), shared());
-        let base = train(Run { phase: Phase::Pretrain, drop_p: 0.0, seed: 1 }, &task, &shared, None, || ()).unwrap();
+        let base = train(
+            Run { phase: Phase::Pretrain, drop_p: 0.0, seed: 1 },
+            &task,
+            &shared,
+            None,
+            || (),
+        )
+        .unwrap();
         let run = Run { phase: Phase::Finetune, drop_p: 0.1, seed: 1 };
         let tuned = train(run, &task, &shared, Some(&base.weights), || ()).unwrap();
         assert_eq!(tuned.curve[0].dev_loss, base.last.dev.loss());
@@ -454,8 +561,12 @@ mod tests {
     #[test]
     fn side_by_side_keeps_the_order_and_passes_errors_on() {
         let jobs: Vec<usize> = (0..20).collect();
-        assert_eq!(side_by_side(&jobs, 3, |j| Ok(j * 2)).unwrap(), (0..40).step_by(2).collect::<Vec<_>>());
-        let error = side_by_side(&jobs, 3, |&j| if j == 5 { Err(anyhow!("five")) } else { Ok(j) }).unwrap_err();
+        assert_eq!(
+            side_by_side(&jobs, 3, |j| Ok(j * 2)).unwrap(),
+            (0..40).step_by(2).collect::<Vec<_>>()
+        );
+        let error = side_by_side(&jobs, 3, |&j| if j == 5 { Err(anyhow!("five")) } else { Ok(j) })
+            .unwrap_err();
         assert_eq!(error.to_string(), "five");
     }
 }
