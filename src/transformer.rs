@@ -273,6 +273,14 @@ impl Attention {
     }
 }
 
+/// GELU's tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415), written `x sigmoid(2 u)` for the same
+/// `u = sqrt(2 / pi) (x + 0.044715 x^3)`: candle's own evaluates tanh and powers one element at a time, which took 40 %
+/// of a training step on the CPU.
+fn gelu(x: &Tensor) -> Result<Tensor> {
+    let twice = 2.0 * std::f64::consts::FRAC_2_PI.sqrt();
+    x * nn_ops::sigmoid(&(x * x.sqr()?.affine(0.044715 * twice, twice)?)?)?
+}
+
 #[derive(Debug)]
 struct Block {
     ln_1: LayerNorm,
@@ -316,7 +324,7 @@ impl Block {
 
     fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
         let x = self.attn.forward(&self.ln_1.forward(x)?, x, train)?; // [B, T, C]
-        let h = self.c_fc.forward(&self.ln_2.forward(&x)?)?.gelu()?; // [B, T, 4C]
+        let h = gelu(&self.c_fc.forward(&self.ln_2.forward(&x)?)?)?; // [B, T, 4C]
         self.c_proj.forward(&h, &x, train) // [B, T, C]
     }
 }
@@ -453,5 +461,26 @@ fn sample(logits: &[f32], config: &GenerationConfig, rng: &mut StdRng) -> Result
         Err(error) => {
             bail!("generate: logits: expected finite numbers ({error}): has training diverged?")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    #[test]
+    fn gelu_and_its_gradient_are_candles() -> Result<()> {
+        let x = Var::new(&[-30f32, -5.0, -1.5, -0.1, 0.0, 0.1, 0.7, 2.0, 6.0, 30.0], &Device::Cpu)?;
+        let with_gradient = |y: Tensor| -> Result<Vec<f32>> {
+            let grads = y.backward()?;
+            let Some(grad) = grads.get(&x) else { bail!("no gradient") };
+            Tensor::cat(&[&y, grad], 0)?.to_vec1()
+        };
+        for (ours, candles) in with_gradient(gelu(&x)?)?.iter().zip(with_gradient(x.gelu()?)?) {
+            assert!((ours - candles).abs() < 1e-5, "{ours}, not {candles}");
+        }
+        Ok(())
     }
 }

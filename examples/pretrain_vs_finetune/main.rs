@@ -33,6 +33,7 @@ use settings::{Args, Settings};
 use train::{Phase, Run, RunResult, Shared, Task, check_guards, side_by_side, train};
 
 fn main() -> Result<()> {
+    one_thread_a_run();
     let args = Args::parse();
     let settings = args.settings()?;
     let device = device(&args.device)?;
@@ -63,6 +64,15 @@ fn main() -> Result<()> {
     let report = Report::new(&settings, text, pretrained, finetuned, begin.elapsed());
     report.print();
     report.write(&args.out)
+}
+
+/// Candle spreads one op over all cores through a process-wide pool that spins and serves one caller at a time: runs
+/// side by side would queue for it (on two cores a step took six times as long). Here every run keeps to its thread.
+fn one_thread_a_run() {
+    for name in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
+        // SAFETY: `main` calls this before it starts any thread, so nothing reads the environment meanwhile.
+        unsafe { std::env::set_var(name, "1") }
+    }
 }
 
 fn device(name: &str) -> Result<Device> {
