@@ -1,0 +1,188 @@
+//! Which dropout for pretraining, which for fine-tuning?
+//!
+//! Pretrains a small GPT on much text, each byte seen once, and fine-tunes it on little text seen many times, for
+//! several dropout rates and seeds, and says which rates are best in each phase and how sure that is:
+//!
+//! ```text
+//! cargo run --release --example pretrain_vs_finetune
+//! cargo run --release --example pretrain_vs_finetune -- --pretrain books.txt --finetune poems.txt
+//! ```
+//!
+//! Registered before any run: H1, in one-epoch pretraining every p > 0 has a higher dev loss than p = 0; H2, after a
+//! fixed number of epochs of fine-tuning on little data some p from 0.05 to 0.2 has a lower test loss than p = 0; H3,
+//! the same with early stopping.
+
+mod corpus;
+mod progress;
+mod report;
+mod settings;
+mod stats;
+mod train;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use clap::Parser;
+
+use corpus::{Document, Splits, Window};
+use progress::Progress;
+use report::{Report, TextReport};
+use settings::{Args, Settings};
+use train::{Phase, Run, RunResult, Shared, Task, check_guards, side_by_side, train};
+
+fn main() -> Result<()> {
+    one_thread_a_run();
+    let args = Args::parse();
+    let settings = args.settings()?;
+    let device = device(&args.device)?;
+    let begin = Instant::now();
+
+    let (pretrain_text, finetune_text) = args.texts(&settings)?;
+    let hash = corpus::fnv1a(&[&pretrain_text, &finetune_text]);
+    let (tasks, text) = tasks(pretrain_text, finetune_text, hash, &settings)?;
+    text.print();
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot create {}", args.out.display()))?;
+
+    let shared = Shared {
+        model: settings.gpt(),
+        device,
+        eval_batch: settings.eval_batch,
+        train_windows: settings.dev_windows,
+    };
+    let rates: Vec<f32> = [&settings.pretrain_rates[..], &settings.finetune_rates[..]].concat();
+    check_guards(&tasks[&Phase::Pretrain], &shared, &rates)?;
+    println!(
+        "guards: p = 0 equals no dropout bit for bit, equal seeds give equal runs, keep rates within 4 sigma"
+    );
+
+    let pretrained = run_phase(Phase::Pretrain, &tasks, &shared, &settings, &[])?;
+    let finetuned = run_phase(Phase::Finetune, &tasks, &shared, &settings, &pretrained)?;
+
+    let report = Report::new(&settings, text, pretrained, finetuned, begin.elapsed());
+    report.print();
+    report.write(&args.out)
+}
+
+/// Candle spreads one op over all cores through a process-wide pool that spins and serves one caller at a time: runs
+/// side by side would queue for it (on two cores a step took six times as long). Here every run keeps to its thread.
+fn one_thread_a_run() {
+    for name in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
+        // SAFETY: `main` calls this before it starts any thread, so nothing reads the environment meanwhile.
+        unsafe { std::env::set_var(name, "1") }
+    }
+}
+
+fn device(name: &str) -> Result<Device> {
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    ensure!(
+        candle_core::utils::cuda_is_available(),
+        "--device cuda: this program was built without CUDA; build it with \
+         `cargo run --release --features cuda --example pretrain_vs_finetune -- --device cuda`"
+    );
+    Device::new_cuda(0).context("--device cuda: cannot open the first CUDA device")
+}
+
+/// Every rate with every seed of a phase. Fine-tuning starts from the p = 0 model of the same seed.
+fn run_phase(
+    phase: Phase,
+    tasks: &BTreeMap<Phase, Task>,
+    shared: &Shared,
+    settings: &Settings,
+    bases: &[RunResult],
+) -> Result<Vec<RunResult>> {
+    let (rates, seeds) = match phase {
+        Phase::Pretrain => (&settings.pretrain_rates, settings.pretrain_seeds()),
+        Phase::Finetune => (&settings.finetune_rates, settings.finetune_seeds()),
+    };
+    let runs: Vec<Run> = seeds
+        .flat_map(|seed| rates.iter().map(move |&drop_p| Run { phase, drop_p, seed }))
+        .collect();
+    let task = &tasks[&phase];
+    let progress = Progress::new(phase, runs.len(), task.recipe.steps);
+    let results = side_by_side(&runs, settings.threads, |run| {
+        let base = bases.iter().find(|base| base.run.drop_p == 0.0 && base.run.seed == run.seed);
+        let result = train(*run, task, shared, base.map(|base| &base.weights), || progress.step())
+            .with_context(|| format!("{phase:?} with p = {} and seed {}", run.drop_p, run.seed))?;
+        progress.finished(&result);
+        Ok(result)
+    })?;
+    progress.close();
+    Ok(results)
+}
+
+/// Cuts the texts into what the phases train and are judged on, and checks that there is enough of everything.
+fn tasks(
+    pretrain: Splits,
+    mut finetune: Splits,
+    hash: u64,
+    settings: &Settings,
+) -> Result<(BTreeMap<Phase, Task>, TextReport)> {
+    let context = settings.context;
+    let available = finetune.bytes()[0];
+    let remedy = "give more text or lower --finetune-bytes";
+    corpus::require(
+        "fine-tuning text",
+        available,
+        settings.finetune_bytes.max(context + 1),
+        remedy,
+    )?;
+    corpus::truncate(&mut finetune.train, settings.finetune_bytes);
+    ensure!(
+        !corpus::all_windows(&finetune.train, context).is_empty(),
+        "fine-tuning text: no document is longer than a window of {} bytes: give longer documents or lower --context",
+        context + 1
+    );
+
+    let windows = corpus::windows(&pretrain.train, context).len();
+    let need = settings.pretrain.steps * settings.pretrain.batch;
+    let remedy = "pretraining sees no byte twice: give more text or lower --pretrain-steps";
+    corpus::require("pretraining text", windows * context, need * context, remedy)?;
+
+    let mut text = TextReport::new(hash, &pretrain, &finetune, settings);
+    let training: [&[Document]; 2] = [&pretrain.train, &finetune.train];
+    let mut held_out = |phase: Phase,
+                        split: &str,
+                        documents: &[Document],
+                        limit: usize|
+     -> Result<Vec<Window>> {
+        let mut windows = corpus::windows(documents, context);
+        // Pretraining is judged before fine-tuning text is seen.
+        let seen_by_then = if phase == Phase::Pretrain { &training[..1] } else { &training[..] };
+        let removed = corpus::remove_seen(&mut windows, documents, context, seen_by_then);
+        let what = format!(
+            "{phase:?} {split} text, without the {removed} windows that also occur in training text"
+        );
+        corpus::require(
+            &what.to_lowercase(),
+            windows.len() * context,
+            2 * context,
+            "give more text",
+        )?;
+        let windows = corpus::spread(&windows, limit);
+        text.held_out(phase, split, windows.len(), removed);
+        Ok(windows)
+    };
+    let mut windows = Vec::new();
+    for (phase, splits) in [(Phase::Pretrain, &pretrain), (Phase::Finetune, &finetune)] {
+        windows.push(held_out(phase, "dev", &splits.dev, settings.dev_windows)?);
+        windows.push(held_out(phase, "test", &splits.test, settings.test_windows)?);
+    }
+    let mut windows = windows.into_iter();
+    let mut task = |splits: Splits, recipe| -> Result<Task> {
+        let mut next = || windows.next().context("held-out windows");
+        Ok(Task {
+            train: splits.train,
+            dev: (splits.dev, next()?),
+            test: (splits.test, next()?),
+            recipe,
+        })
+    };
+    let pretrain = task(pretrain, settings.pretrain.clone())?;
+    let finetune = task(finetune, settings.finetune.clone())?;
+    Ok((BTreeMap::from([(Phase::Pretrain, pretrain), (Phase::Finetune, finetune)]), text))
+}
