@@ -6,6 +6,7 @@ mod layers;
 mod mask;
 mod ops;
 mod parallel;
+pub mod reference;
 mod rows;
 mod simd;
 
