@@ -8,6 +8,7 @@ mod layers;
 mod mask;
 mod ops;
 mod parallel;
+pub mod reference;
 mod rows;
 mod simd;
 mod transformer;
