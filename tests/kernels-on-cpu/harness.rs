@@ -50,7 +50,8 @@ impl Program {
     /// Runs all cases in one process, and returns for each the buffers that it wrote.
     pub fn run(&self, cases: &[Case]) -> Result<Vec<Outputs>, Failure> {
         let built = self.executable.get_or_init(|| build(self.source));
-        let executable = built.as_ref().map_err(|report| Failure { case: None, report: report.clone() })?;
+        let executable =
+            built.as_ref().map_err(|report| Failure { case: None, report: report.clone() })?;
         run(executable, cases)
     }
 
@@ -254,7 +255,10 @@ fn run(executable: &Path, cases: &[Case]) -> Result<Vec<Outputs>, Failure> {
     let run = format!("{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed));
     let case_file = executable.with_extension(format!("cases-{run}"));
     let result_file = executable.with_extension(format!("results-{run}"));
-    let io_error = |e: std::io::Error| Failure { case: None, report: format!("{}: {e}", executable.display()) };
+    let io_error = |e: std::io::Error| Failure {
+        case: None,
+        report: format!("{}: {e}", executable.display()),
+    };
 
     let mut bytes = Vec::new();
     cases.iter().for_each(|case| case.write(&mut bytes));
@@ -309,7 +313,8 @@ fn build(source: &str) -> Result<PathBuf, String> {
     };
     // One folder for each kernel file, so that tests of different files, and of mutated ones, can
     // run side by side.
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels-on-cpu/{:016x}", hash(&kernel_file)));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .join(format!("kernels-on-cpu/{:016x}", hash(&kernel_file)));
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let write = |name: &str, text: &str| {
         let path = folder.join(name);
@@ -318,9 +323,14 @@ fn build(source: &str) -> Result<PathBuf, String> {
     };
 
     let compiler = compiler()?;
-    let main = write("main.cpp", &format!("#include \"{here}/runner.h\"\n#include \"{kernel_file}\"\n"))?;
+    let main =
+        write("main.cpp", &format!("#include \"{here}/runner.h\"\n#include \"{kernel_file}\"\n"))?;
     let mut preprocess = Command::new(&compiler);
-    preprocess.current_dir(root).args(FLAGS).args(["-E", "-I.", "-I", &format!("{here}/shadow")]).arg(&main);
+    preprocess
+        .current_dir(root)
+        .args(FLAGS)
+        .args(["-E", "-I.", "-I", &format!("{here}/shadow")])
+        .arg(&main);
     let preprocessed = succeed(preprocess)?;
     let host_source = host_source(&preprocessed).map_err(|e| format!("{kernel_file}: {e}"))?;
 
@@ -360,31 +370,41 @@ fn host_source(cuda: &str) -> Result<String, String> {
             rest = after;
             continue;
         }
-        let (declaration, after) = after.split_once(';').ok_or("a __shared__ declaration without an end")?;
+        let (declaration, after) =
+            after.split_once(';').ok_or("a __shared__ declaration without an end")?;
         let (declarator, _) = declaration.split_once('[').unwrap_or((declaration, ""));
         let name = last_identifier(declarator)?;
         if let Some(kept) = host.trim_end().strip_suffix("extern") {
             host.truncate(kept.len());
             // Attributes of alignment go: the buffer is aligned, and its elements need not be.
             let element = declarator.rsplit(')').next().unwrap_or(declarator).replacen(name, "", 1);
-            host.push_str(&format!("{element} *const {name} = machine::dynamic_shared<{element}>();"));
+            host.push_str(&format!(
+                "{element} *const {name} = machine::dynamic_shared<{element}>();"
+            ));
         } else if declaration.contains(',') {
             return Err(format!("`__shared__{declaration}`: write one declaration a variable"));
         } else {
-            host.push_str(&format!("static {declaration}; static machine::SharedVariable shared_{name}({name});"));
+            host.push_str(&format!(
+                "static {declaration}; static machine::SharedVariable shared_{name}({name});"
+            ));
         }
         rest = after;
     }
     host.push_str(rest);
     for kernel in kernels {
-        host.push_str(&format!("static const runner::Registration registration_of_{kernel}(\"{kernel}\", &{kernel});\n"));
+        host.push_str(&format!(
+            "static const runner::Registration registration_of_{kernel}(\"{kernel}\", &{kernel});\n"
+        ));
     }
     Ok(host)
 }
 
 fn last_identifier(text: &str) -> Result<&str, String> {
     let identifiers = text.split(|c: char| !c.is_alphanumeric() && c != '_');
-    identifiers.filter(|word| !word.is_empty()).next_back().ok_or_else(|| format!("no name in `{text}`"))
+    identifiers
+        .filter(|word| !word.is_empty())
+        .next_back()
+        .ok_or_else(|| format!("no name in `{text}`"))
 }
 
 fn hash(value: &impl Hash) -> u64 {
@@ -394,8 +414,11 @@ fn hash(value: &impl Hash) -> u64 {
 }
 
 fn compiler() -> Result<String, String> {
-    let works = |name: &String| Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success());
-    let candidates = std::env::var("CXX").into_iter().chain(["g++", "clang++", "c++"].map(String::from));
+    let works = |name: &String| {
+        Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success())
+    };
+    let candidates =
+        std::env::var("CXX").into_iter().chain(["g++", "clang++", "c++"].map(String::from));
     candidates.filter(|name| !name.is_empty()).find(works).ok_or_else(|| {
         "no C++ compiler: the kernels are tested by running them on the host; install g++ or clang++ \
          (Debian: apt install g++), or name one in CXX"
