@@ -31,7 +31,10 @@ struct HeldOut {
     phase: Phase,
     split: String,
     windows: usize,
+    /// Removed because they occur in training text.
     removed: usize,
+    /// Evaluated, evenly spaced among the rest.
+    used: usize,
 }
 
 impl TextReport {
@@ -50,8 +53,10 @@ impl TextReport {
         }
     }
 
-    pub fn held_out(&mut self, phase: Phase, split: &str, windows: usize, removed: usize) {
-        self.held_out.push(HeldOut { phase, split: split.to_string(), windows, removed });
+    pub fn held_out(&mut self, phase: Phase, split: &str, [used, clean, removed]: [usize; 3]) {
+        let split = split.to_string();
+        let windows = clean + removed;
+        self.held_out.push(HeldOut { phase, split, windows, removed, used });
     }
 
     pub fn print(&self) {
@@ -62,10 +67,13 @@ impl TextReport {
         ] {
             println!("  {name}: train {train} bytes ({epochs:.2} epochs), dev {dev}, test {test}");
         }
-        let removed: usize = self.held_out.iter().map(|h| h.removed).sum();
-        println!(
-            "  held-out windows removed because {GUARD_BYTES} of their bytes occur in training text: {removed}"
-        );
+        for HeldOut { phase, split, windows, removed, used } in &self.held_out {
+            let phase = format!("{phase:?}").to_lowercase();
+            println!(
+                "  {phase} {split}: {used} windows, of {windows} less {removed} that share {GUARD_BYTES} bytes with \
+                 training text"
+            );
+        }
     }
 }
 
@@ -181,6 +189,12 @@ impl Report {
             "fine-tuning starts from the p = 0 model of its seed",
         ];
         Self { settings: settings.clone(), text, arms, runs, notes, seconds: elapsed.as_secs_f64() }
+    }
+
+    /// Final dev and test loss of every run.
+    #[cfg(test)]
+    pub fn losses(&self) -> Vec<f64> {
+        self.runs.iter().flat_map(|run| [run.last.dev.loss(), run.early.test.loss()]).collect()
     }
 
     pub fn print(&self) {
