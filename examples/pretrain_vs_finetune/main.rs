@@ -229,27 +229,21 @@ mod tests {
         };
         let (long, short) = (file("long", 0..4000), file("short", 9000..9100));
         let poems = file("poems", 5000..6000);
-        let job = |pretrain: &str, finetune: &str| {
-            let flags = ["--pretrain", pretrain, "--finetune", finetune, "--pretrain-steps", "6"];
-            job(&args(&flags, &out))
-                .map(|report| report.losses().len())
-                .map_err(|e| format!("{e:#}"))
+        let job = |flags: &[&str]| {
+            let flags = [&["--pretrain-steps", "6", "--finetune-steps", "6"], flags].concat();
+            job(&args(&flags, &out)).map(|report| report.losses().len()).map_err(|e| format!("{e:#}"))
         };
-        assert_eq!(job(&long, &poems), Ok(16));
-        let error = job(&short, &poems).unwrap_err();
-        assert!(
-            error.starts_with("pretraining text: 1536 bytes are needed, there are 704:"),
-            "{error}"
-        );
-        let error = job(&long, &short).unwrap_err();
-        assert!(
-            error.starts_with("fine-tuning text: 2000 bytes are needed, there are 720:"),
-            "{error}"
-        );
-        // Text that is its own held-out text leaves nothing to judge by.
-        let error = job(&long, &long).unwrap_err();
-        assert!(error.contains("also occur in training text"), "{error}");
-        assert!(job("no-such-file", &poems).unwrap_err().contains("cannot read no-such-file"));
+        assert_eq!(job(&["--pretrain", &long, "--finetune", &poems]), Ok(16));
+        let error = job(&["--pretrain", &short, "--finetune", &poems]).unwrap_err();
+        assert!(error.starts_with("pretraining text: 1536 bytes are needed, there are 704:"), "{error}");
+        let error = job(&["--pretrain", &long, "--finetune", &short]).unwrap_err();
+        assert!(error.starts_with("fine-tuning text: 2000 bytes are needed, there are 720:"), "{error}");
+        // Held-out text that was trained on leaves nothing to judge by.
+        let seen = ["--finetune-dev", &long, "--finetune-test", &long];
+        let error = job(&[&["--pretrain", &long, "--finetune", &poems], &seen[..]].concat()).unwrap_err();
+        assert!(error.contains("also occur in training text: 64 bytes are needed"), "{error}");
+        let error = job(&["--pretrain", "no-such-file", "--finetune", &poems]).unwrap_err();
+        assert!(error.contains("cannot read no-such-file"), "{error}");
         std::fs::remove_dir_all(out).unwrap();
     }
 

@@ -164,7 +164,7 @@ impl Settings {
             lr: 2e-3,
             warmup: 20,
             final_lr: 1.0,
-            eval_every: 20,
+            eval_every: 10,
             ..pretrain.clone()
         };
         let cpu = Self {
