@@ -94,13 +94,17 @@ pub(crate) fn unsupported_dtype(op: &str, arg: &str, dtype: DType) -> candle_cor
     ))
 }
 
-/// Checks that `arg` is a float tensor that this device computes in.
+pub(crate) fn unsupported_on_cuda(op: &str, arg: &str, dtype: DType) -> candle_core::Error {
+    candle_core::Error::Msg(format!(
+        "{op}: {arg}: expected dtype f32, f16 or bf16 on CUDA, got {dtype:?}; convert it with \
+         to_dtype(DType::F32) or move it to the CPU"
+    ))
+}
+
+/// Checks that `arg` is a float tensor that its device computes in.
 pub(crate) fn check_dtype(op: &str, arg: &str, x: &Tensor) -> Result<()> {
     match x.dtype() {
-        DType::F64 if x.device().is_cuda() => bail!(
-            "{op}: {arg}: expected dtype f32, f16 or bf16 on CUDA, got F64; convert it with \
-             to_dtype(DType::F32) or move it to the CPU"
-        ),
+        DType::F64 if x.device().is_cuda() => Err(unsupported_on_cuda(op, arg, DType::F64)),
         DType::F32 | DType::F64 | DType::F16 | DType::BF16 => Ok(()),
         dtype => Err(unsupported_dtype(op, arg, dtype)),
     }

@@ -3,10 +3,12 @@
 
 mod elem;
 mod init;
+mod launch;
 mod layers;
 mod mask;
 mod ops;
 mod parallel;
+pub mod reference;
 mod rows;
 mod simd;
 mod transformer;

@@ -25,6 +25,7 @@ pub(crate) const COLS_PER_FILL: usize = LANES * COLS_PER_CALL;
 /// A counter word lives in the low half of its 64-bit lane; the high half is left dirty. So a round
 /// is two 32 x 32 -> 64 bit products, two shifts and two three-way XORs on whole registers, for any
 /// register width the compiler is given.
+#[allow(clippy::needless_range_loop)] // four words move together
 #[inline(always)]
 fn rounds<const N: usize>(mut c: [[u64; N]; 4], mut key: [u32; 2], n_rounds: u32) -> [[u64; N]; 4] {
     const LOW: u64 = 0xffff_ffff;

@@ -8,4 +8,6 @@ mod softmax_dropout;
 pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use dropout::dropout;
 pub use dropout_add::dropout_add;
+#[cfg(feature = "cuda")]
+pub(crate) use softmax_dropout::ScoreArgs;
 pub use softmax_dropout::{AttentionMask, softmax_dropout};

@@ -20,7 +20,7 @@ pub enum AttentionMask {
 /// `kernels/softmax_dropout.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct ScoreArgs {
+pub(crate) struct ScoreArgs {
     /// Queries (rows of the last two dimensions).
     queries: u64,
     /// Row of the additive mask for a row of the scores.

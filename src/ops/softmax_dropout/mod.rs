@@ -12,7 +12,8 @@ use candle_core::{
 use crate::elem::{check_alike, check_dtype};
 use crate::mask::{DropMask, MaskArgs};
 pub use mask::AttentionMask;
-use mask::{ScoreArgs, sum_to_shape};
+pub(crate) use mask::ScoreArgs;
+use mask::sum_to_shape;
 
 const NAME: &str = "softmax_dropout";
 

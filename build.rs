@@ -1,0 +1,36 @@
+//! Compiles `kernels/*.cu` to PTX, under the `cuda` feature only. No GPU is needed.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    #[cfg(feature = "cuda")]
+    if let Err(error) = kernels::build() {
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod kernels {
+    use std::path::PathBuf;
+
+    /// Writes `OUT_DIR/kernels.rs`: a constant with the PTX of each `kernels/<op>.cu`.
+    pub fn build() -> Result<(), String> {
+        println!("cargo:rerun-if-changed=kernels");
+        println!("cargo:rerun-if-env-changed=CUDA_COMPUTE_CAP");
+        let out = std::env::var("OUT_DIR").map_err(|e| format!("OUT_DIR: {e}"))?;
+        cudaforge::KernelBuilder::new()
+            .source_glob("kernels/*.cu")
+            .watch(["kernels/philox.cuh", "kernels/rows.cuh", "kernels/elem.cuh", "kernels/reduce.cuh"])
+            .arg("-std=c++17")
+            .arg("-O3")
+            .build_ptx()
+            .and_then(|ptx| ptx.write(PathBuf::from(out).join("kernels.rs")))
+            .map_err(|e| {
+                format!(
+                    "candle-dropout: could not compile its CUDA kernels: {e}\n\
+                     The `cuda` feature needs nvcc (CUDA 12 or later) on PATH or in CUDA_HOME, and on a \
+                     machine without a GPU the variable CUDA_COMPUTE_CAP (80, 90, ..)."
+                )
+            })
+    }
+}

@@ -1,0 +1,50 @@
+// dropout: zeroes elements at random and scales the others. Twin of src/ops/dropout/cpu.rs.
+//
+//     forward   y  = keep ? x * scale : 0
+//     backward  dx = keep ? dy * scale : 0          the forward kernel, applied to dy
+//
+// x, y [rows, cols]. Bytes moved an element: one read, one write; no mask.
+// Block: (lanes of a team, teams), grid-stride over tiles of a row; see for_each_tile.
+// Vectors of 16 bytes where rows begin at such boundaries and the mask at a multiple of 8 columns, else
+// element by element.
+#include "elem.cuh"
+#include "philox.cuh"
+
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void dropout(const T* __restrict__ x, T* __restrict__ y, uint64_t rows,
+                                        uint64_t cols, const MaskArgs& mask) {
+    constexpr int N = TILE_OF<VECTOR>;
+    for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
+        const T* x_row = x + row * cols;
+        T* y_row = y + row * cols;
+        const uint64_t mask_row = mask.rows.map(row);
+        float v[N][WIDTH];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const uint64_t col = first + i * step;
+            if (col < cols) load<VECTOR>(x_row + col, count_at(col, cols), v[i]);  // tail
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const uint64_t col = first + i * step;
+            if (col >= cols) break;  // tail
+            const Draws draws = VECTOR ? draw(mask, mask_row, col) : draw_unaligned(mask, mask_row, col);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) {
+                v[i][j] = keeps(mask, draws[j]) ? __fmul_rn(v[i][j], mask.scale) : 0.f;
+            }
+            store<VECTOR>(y_row + col, count_at(col, cols), v[i]);
+        }
+    });
+}
+
+#define DROPOUT(SUFFIX, T)                                                                          \
+    extern "C" __global__ void __launch_bounds__(256) dropout_fwd_##SUFFIX(                         \
+        const T* __restrict__ x, T* __restrict__ y, uint64_t rows, uint64_t cols, MaskArgs mask) {  \
+        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(x) && is_aligned(y)) {       \
+            dropout<true>(x, y, rows, cols, mask);                                                  \
+        } else {                                                                                    \
+            dropout<false>(x, y, rows, cols, mask);                                                 \
+        }                                                                                           \
+    }
+FOR_EACH_DTYPE(DROPOUT)

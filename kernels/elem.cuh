@@ -1,0 +1,136 @@
+// Element types: the only list of dtypes on the CUDA side, vectors of 8 elements, and the walk over a
+// [rows, cols] tensor that the element-wise kernels share. Twin of src/elem.rs.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+// A kernel for each dtype, from one template: FOR_EACH_DTYPE(X) expands X(suffix, type).
+#define FOR_EACH_DTYPE(X) X(f32, float) X(f16, __half) X(bf16, __nv_bfloat16)
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// Two halves in a 32-bit word, the lower one first.
+__device__ __forceinline__ float2 unpack(uint32_t word, __half) {
+    return {__half2float(__ushort_as_half(uint16_t(word))), __half2float(__ushort_as_half(uint16_t(word >> 16)))};
+}
+__device__ __forceinline__ float2 unpack(uint32_t word, __nv_bfloat16) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+
+// 8 elements, the columns of one Philox call: one 16-byte access for halves, two for f32.
+constexpr int WIDTH = 8;
+
+// True for a tensor that is not there.
+__device__ __forceinline__ bool is_aligned(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+__device__ __forceinline__ void load_vector(const float* from, float (&x)[WIDTH]) {
+    const float4 low = reinterpret_cast<const float4*>(from)[0];
+    const float4 high = reinterpret_cast<const float4*>(from)[1];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+template <typename Half>
+__device__ __forceinline__ void load_vector(const Half* from, float (&x)[WIDTH]) {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack(word[i], Half());
+        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+}
+
+__device__ __forceinline__ void store_vector(float* to, const float (&x)[WIDTH]) {
+    reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
+    reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+template <typename Half>
+__device__ __forceinline__ void store_vector(Half* to, const float (&x)[WIDTH]) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(pack(x[0], x[1], Half()), pack(x[2], x[3], Half()),
+                                               pack(x[4], x[5], Half()), pack(x[6], x[7], Half()));
+}
+
+// Loads and stores up to 8 elements of a row. VECTOR: all 8, from a 16-byte boundary. Otherwise one by
+// one, the first `count` of them.
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void load(const T* from, int count, float (&x)[WIDTH]) {
+    if constexpr (VECTOR) {
+        load_vector(from, x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) x[i] = i < count ? widen(from[i]) : 0.f;  // tail
+    }
+}
+
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void store(T* to, int count, const float (&x)[WIDTH]) {
+    if constexpr (VECTOR) {
+        store_vector(to, x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            if (i < count) to[i] = narrow<T>(x[i]);  // tail
+        }
+    }
+}
+
+// A team of threads (threadIdx.x) shares a tile of N vectors a thread in one row; the teams of the grid
+// (blockIdx.x, threadIdx.y) take tiles in turn. So a thread has N independent loads in flight, and the
+// one division that finds a tile's row is spread over all its elements.
+//
+// Calls body(row, first, step): the thread's vectors of the row begin at the columns first,
+// first + step, .. (N of them, those below cols exist).
+template <int N, typename Body>
+__device__ __forceinline__ void for_each_tile(uint64_t rows, uint64_t cols, Body body) {
+    const uint64_t step = uint64_t(blockDim.x) * WIDTH;
+    const uint64_t tiles_a_row = (cols + N * step - 1) / (N * step);
+    const uint64_t tiles = rows * tiles_a_row;
+    const uint64_t teams = uint64_t(gridDim.x) * blockDim.y;
+    for (uint64_t tile = uint64_t(blockIdx.x) * blockDim.y + threadIdx.y; tile < tiles; tile += teams) {
+        // A 64-bit division is several times slower than a 32-bit one, and seldom needed.
+        const uint64_t row = tiles >> 32 ? tile / tiles_a_row : uint32_t(tile) / uint32_t(tiles_a_row);
+        const uint64_t first = (tile - row * tiles_a_row) * N * step + threadIdx.x * WIDTH;
+        body(row, first, step);
+    }
+}
+
+// Vectors that a thread holds at a time. Element by element there is nothing to gain from more than one.
+constexpr int TILE = 4;
+template <bool VECTOR>
+constexpr int TILE_OF = VECTOR ? TILE : 1;
+
+// How many of the 8 columns from `col` on exist; 0 behind the end of the row.
+__device__ __forceinline__ int count_at(uint64_t col, uint64_t cols) {
+    return col < cols ? int(min(cols - col, uint64_t(WIDTH))) : 0;
+}

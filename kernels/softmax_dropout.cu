@@ -1,0 +1,247 @@
+// softmax_dropout: attention probabilities from scores. Twin of src/ops/softmax_dropout/cpu.rs.
+//
+//     t = scale * scores + mask        P = softmax(t) over the keys
+//     forward   y = keep ? P * drop.scale : 0
+//     backward  dP = keep ? dy * drop.scale : 0
+//               dscores = grad_scale * P * (dP - sum of P dP)
+//
+// scores, y, dy, dscores [rows, keys]; additive mask [.., keys or 1], may be null. A row without any
+// visible key gives zeros.
+// Bytes moved an element: forward one read, one write; backward two reads, one write.
+// A team of blockDim.x threads (a power of two, 4 to 256) takes a row; threadIdx.y counts the teams of a
+// block, the grid strides over the rows. A thread keeps TILE vectors of its row in registers; a row
+// longer than 256 * TILE * 8 = 8192 keys is read again for each step instead, mostly from L2.
+// Vectors of 16 bytes where rows begin at such boundaries and the drop mask at a multiple of 8 columns,
+// else element by element.
+#include "elem.cuh"
+#include "philox.cuh"
+#include "reduce.cuh"
+
+// How scores become softmax inputs, as src/ops/softmax_dropout/mask.rs fills it in.
+struct ScoreArgs {
+    uint64_t queries;
+    RowMap additive_rows;    // row of the additive mask for a row of the scores
+    uint64_t additive_cols;  // as many as there are keys, or 1 if it is broadcast over them
+    float scale;
+    float grad_scale;
+    uint32_t causal;  // 1: query i sees the keys up to i + keys - queries
+    uint32_t padding;
+
+    __device__ __forceinline__ uint64_t visible(uint64_t row, uint64_t keys) const {
+        if (!causal) return keys;
+        const uint64_t end = row % queries + 1 + keys;
+        return end > queries ? end - queries : 0;
+    }
+};
+
+// Halves round to 8 or 11 bits, so the fast exponential is exact enough for them.
+template <typename T>
+__device__ __forceinline__ float exponential(float x) {
+    return sizeof(T) == 2 ? __expf(x) : expf(x);
+}
+
+template <bool VECTOR, typename T>
+struct Row {
+    const T* scores;
+    const T* additive;  // null, or the mask of this row
+    uint64_t additive_step;
+    uint64_t keys;
+    uint64_t visible;
+    float scale;
+
+    __device__ __forceinline__ Row(const T* all_scores, const T* all_additive, const ScoreArgs& args,
+                                   uint64_t row, uint64_t keys)
+        : scores(all_scores + row * keys),
+          additive(all_additive ? all_additive + args.additive_rows.map(row) * args.additive_cols
+                                : nullptr),
+          additive_step(args.additive_cols == 1 ? 0 : 1),
+          keys(keys),
+          visible(args.visible(row, keys)),
+          scale(args.scale) {}
+
+    // Softmax inputs of the 8 keys from `key` on; -inf where a key is masked or does not exist.
+    __device__ __forceinline__ void load_inputs(uint64_t key, float (&t)[WIDTH]) const {
+        const int count = count_at(key, visible);
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) t[j] = 0.f;
+        if (count > 0) load<VECTOR>(scores + key, count, t);
+        float bias[WIDTH] = {};
+        if (additive && count > 0) {
+            if (additive_step) {
+                load<VECTOR>(additive + key, count, bias);
+            } else {
+#pragma unroll
+                for (int j = 0; j < WIDTH; ++j) bias[j] = widen(additive[0]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+            t[j] = j < count ? __fadd_rn(__fmul_rn(t[j], scale), bias[j]) : -INFINITY;  // tail
+        }
+    }
+};
+
+// The walk of a thread over its row: calls body(i, key) for its TILE vectors of each stretch of
+// blockDim.x * TILE vectors.
+template <typename Body>
+__device__ __forceinline__ void for_each_vector(uint64_t keys, Body body) {
+    const uint64_t step = uint64_t(blockDim.x) * WIDTH;
+    for (uint64_t start = threadIdx.x * WIDTH; start < keys; start += TILE * step) {
+#pragma unroll
+        for (int i = 0; i < TILE; ++i) body(i, start + i * step);
+    }
+}
+
+// What the steps of a row share: its softmax inputs, then their exponentials, in registers if they fit.
+template <bool VECTOR, typename T>
+struct Softmax {
+    const Row<VECTOR, T>& row;
+    bool fits;
+    float max;
+    float normaliser;
+    float t[TILE][WIDTH];
+
+    // Steps 1 and 2: the maximum, then the sum of the exponentials. All threads of the block call it.
+    __device__ __forceinline__ Softmax(const Row<VECTOR, T>& row, float* scratch)
+        : row(row), fits(row.keys <= uint64_t(blockDim.x) * TILE * WIDTH) {
+        float thread_max = -INFINITY;
+        for_each_vector(row.keys, [&](int i, uint64_t key) {
+            row.load_inputs(key, t[i]);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) thread_max = fmaxf(thread_max, t[i][j]);
+        });
+        max = team_reduce(thread_max, scratch, Max());
+        // With every key at -inf, 0 stands in for the maximum: all exponentials are 0 then.
+        if (max == -INFINITY) max = 0.f;
+
+        float thread_sum = 0.f;
+        for_each_vector(row.keys, [&](int i, uint64_t key) {
+            if (!fits) row.load_inputs(key, t[i]);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) {
+                t[i][j] = exponential<T>(t[i][j] - max);
+                thread_sum += t[i][j];
+            }
+        });
+        const float sum = team_reduce(thread_sum, scratch, Sum());
+        normaliser = sum == 0.f ? 0.f : 1.f / sum;
+    }
+
+    // The exponentials of the thread's vector i, which begins at `key`.
+    __device__ __forceinline__ float (&exponentials(int i, uint64_t key))[WIDTH] {
+        if (!fits) {
+            row.load_inputs(key, t[i]);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) t[i][j] = exponential<T>(t[i][j] - max);
+        }
+        return t[i];
+    }
+};
+
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void softmax_dropout_fwd(const T* __restrict__ scores,
+                                                    const T* __restrict__ additive, T* __restrict__ y,
+                                                    uint64_t rows, uint64_t keys, const ScoreArgs& args,
+                                                    const MaskArgs& drop) {
+    __shared__ float scratch[MAX_WARPS];
+    // Teams without a row of their own do the last row again, since reductions need all threads.
+    for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows;
+         first += uint64_t(gridDim.x) * blockDim.y) {
+        const bool is_mine = first + threadIdx.y < rows;
+        const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
+        const Row<VECTOR, T> row(scores, additive, args, r, keys);
+        Softmax<VECTOR, T> softmax(row, scratch);
+        if (!is_mine) continue;  // tail
+
+        const float scale = softmax.normaliser * drop.scale;
+        const uint64_t mask_row = drop.rows.map(r);
+        for_each_vector(keys, [&](int i, uint64_t key) {
+            if (key >= keys) return;  // tail
+            float(&e)[WIDTH] = softmax.exponentials(i, key);
+            const Draws draws = VECTOR ? draw(drop, mask_row, key) : draw_unaligned(drop, mask_row, key);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) e[j] = keeps(drop, draws[j]) ? e[j] * scale : 0.f;
+            store<VECTOR>(y + r * keys + key, count_at(key, keys), e);
+        });
+    }
+}
+
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores,
+                                                    const T* __restrict__ additive,
+                                                    const T* __restrict__ dy, T* __restrict__ dscores,
+                                                    uint64_t rows, uint64_t keys, const ScoreArgs& args,
+                                                    const MaskArgs& drop) {
+    __shared__ float scratch[MAX_WARPS];
+    for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows;
+         first += uint64_t(gridDim.x) * blockDim.y) {
+        const bool is_mine = first + threadIdx.y < rows;
+        const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
+        const Row<VECTOR, T> row(scores, additive, args, r, keys);
+        Softmax<VECTOR, T> softmax(row, scratch);
+
+        // Step 3: dP and its product with P.
+        const uint64_t mask_row = drop.rows.map(r);
+        float dp[TILE][WIDTH];
+        auto load_dp = [&](int i, uint64_t key) {
+            const int count = count_at(key, keys);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) dp[i][j] = 0.f;
+            if (count == 0) return;  // tail
+            load<VECTOR>(dy + r * keys + key, count, dp[i]);
+            const Draws draws = VECTOR ? draw(drop, mask_row, key) : draw_unaligned(drop, mask_row, key);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) {
+                dp[i][j] = keeps(drop, draws[j]) ? dp[i][j] * drop.scale : 0.f;
+            }
+        };
+        float thread_dot = 0.f;
+        for_each_vector(keys, [&](int i, uint64_t key) {
+            const float(&e)[WIDTH] = softmax.exponentials(i, key);
+            load_dp(i, key);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) thread_dot += e[j] * dp[i][j];
+        });
+        const float dot = team_reduce(thread_dot, scratch, Sum()) * softmax.normaliser;
+        if (!is_mine) continue;  // tail
+
+        // Step 4: the gradient.
+        const float scale = softmax.normaliser * args.grad_scale;
+        for_each_vector(keys, [&](int i, uint64_t key) {
+            if (key >= keys) return;  // tail
+            float(&e)[WIDTH] = softmax.exponentials(i, key);
+            if (!softmax.fits) load_dp(i, key);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) e[j] = e[j] * (dp[i][j] - dot) * scale;
+            store<VECTOR>(dscores + r * keys + key, count_at(key, keys), e);
+        });
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ bool can_use_vectors(const T* scores, const T* additive, const T* y,
+                                                uint64_t keys, const MaskArgs& drop) {
+    return keys % WIDTH == 0 && drop.col_0 % WIDTH == 0 && is_aligned(scores) && is_aligned(additive) &&
+           is_aligned(y);
+}
+
+#define SOFTMAX_DROPOUT(SUFFIX, T)                                                                    \
+    extern "C" __global__ void __launch_bounds__(256, 3) softmax_dropout_fwd_##SUFFIX(                   \
+        const T* __restrict__ scores, const T* __restrict__ additive, T* __restrict__ y,              \
+        uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) {                                \
+        if (can_use_vectors(scores, additive, y, keys, drop)) {                                       \
+            softmax_dropout_fwd<true>(scores, additive, y, rows, keys, args, drop);                   \
+        } else {                                                                                      \
+            softmax_dropout_fwd<false>(scores, additive, y, rows, keys, args, drop);                  \
+        }                                                                                             \
+    }                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 2) softmax_dropout_bwd_##SUFFIX(                   \
+        const T* __restrict__ scores, const T* __restrict__ additive, const T* __restrict__ dy,       \
+        T* __restrict__ dscores, uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) {       \
+        if (can_use_vectors(scores, additive, dscores, keys, drop) && is_aligned(dy)) {               \
+            softmax_dropout_bwd<true>(scores, additive, dy, dscores, rows, keys, args, drop);         \
+        } else {                                                                                      \
+            softmax_dropout_bwd<false>(scores, additive, dy, dscores, rows, keys, args, drop);        \
+        }                                                                                             \
+    }
+FOR_EACH_DTYPE(SOFTMAX_DROPOUT)

@@ -1,0 +1,127 @@
+//! Grid, block and chunk sizes, as pure functions of the shape and of the number of multiprocessors.
+
+/// Elements in a vector: `WIDTH` of `kernels/elem.cuh`.
+const WIDTH: usize = 8;
+
+/// Vectors that a thread holds at a time: `TILE` of `kernels/elem.cuh`.
+const TILE: usize = 4;
+
+/// Threads in a block.
+const THREADS: usize = 256;
+
+/// Blocks a multiprocessor is given; a grid strides over what is left. Enough to fill every
+/// multiprocessor several times over, so that blocks that end early are replaced.
+const BLOCKS_PER_MULTIPROCESSOR: usize = 32;
+
+/// What a kernel is launched with. No kernel uses dynamic shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Launch {
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: [u32; 3],
+}
+
+impl Launch {
+    /// Blocks of `lanes` x `teams` threads; enough of them for `tasks` teams, up to the limit.
+    fn teams(lanes: usize, teams: usize, tasks: usize, multiprocessors: usize) -> Self {
+        let blocks = tasks.div_ceil(teams).clamp(1, multiprocessors * BLOCKS_PER_MULTIPROCESSOR);
+        Self { grid: [blocks as u32, 1, 1], block: [lanes as u32, teams as u32, 1] }
+    }
+}
+
+/// Element-wise kernels (`for_each_tile`): teams of lanes that share a tile of a row.
+///
+/// Of the team sizes that still read 64 bytes at once, the widest among those that waste least of their
+/// last tile.
+pub(crate) fn elementwise(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
+    let vectors = cols.div_ceil(WIDTH).max(1);
+    let covered = |lanes: usize| vectors.next_multiple_of(lanes * TILE);
+    let lanes = [32, 16, 8, 4].into_iter().min_by_key(|&lanes| covered(lanes)).unwrap_or(32);
+    let tiles = rows.saturating_mul(covered(lanes) / (lanes * TILE));
+    Launch::teams(lanes, THREADS / lanes, tiles, multiprocessors)
+}
+
+/// Softmax kernels: a team takes a row and holds it in registers, up to `THREADS * TILE * WIDTH`
+/// columns.
+pub(crate) fn softmax(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
+    let lanes = cols.div_ceil(WIDTH * TILE).next_power_of_two().clamp(4, THREADS);
+    let teams = if lanes > 32 { 1 } else { THREADS / lanes };
+    Launch::teams(lanes, teams, rows, multiprocessors)
+}
+
+/// Column sums: blocks of 32 x 8 threads for 256 columns, in `grid[1]` chunks of rows whose sums a
+/// second kernel adds up.
+pub(crate) fn column_sums(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
+    const TEAMS: usize = 8;
+    /// Rows that a thread sums at least, before a further chunk pays for its part of the second kernel.
+    const ROWS_PER_THREAD: usize = 16;
+    let column_blocks = cols.div_ceil(32 * WIDTH).max(1);
+    let wanted = (multiprocessors * BLOCKS_PER_MULTIPROCESSOR).div_ceil(column_blocks);
+    let chunks = rows.div_ceil(TEAMS * ROWS_PER_THREAD).clamp(1, wanted);
+    Launch { grid: [column_blocks as u32, chunks as u32, 1], block: [32, TEAMS as u32, 1] }
+}
+
+/// The second kernel of the column sums: a thread a column.
+pub(crate) fn column_totals(cols: usize, multiprocessors: usize) -> Launch {
+    let blocks = cols.div_ceil(THREADS).clamp(1, multiprocessors * BLOCKS_PER_MULTIPROCESSOR);
+    Launch { grid: [blocks as u32, 1, 1], block: [THREADS as u32, 1, 1] }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The H200's.
+    const MULTIPROCESSORS: usize = 132;
+
+    fn threads(launch: Launch) -> u32 {
+        launch.block.iter().product()
+    }
+
+    #[test]
+    fn blocks_are_whole_warps_within_the_launch_bounds() {
+        for cols in (1..3000).chain([8192, 65_536, 1 << 31]) {
+            for launch in [
+                elementwise(7, cols, MULTIPROCESSORS),
+                softmax(7, cols, MULTIPROCESSORS),
+                column_sums(7, cols, MULTIPROCESSORS),
+                column_totals(cols, MULTIPROCESSORS),
+            ] {
+                let threads = threads(launch);
+                assert!(threads <= 256 && threads % 32 == 0, "{cols} columns: {launch:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn grids_stay_within_the_limits_of_the_device() {
+        for rows in [1, 65_535, 65_537, 1 << 31, 1 << 40] {
+            for cols in [1, 8, 1000, 1 << 31] {
+                for launch in [
+                    elementwise(rows, cols, MULTIPROCESSORS),
+                    softmax(rows, cols, MULTIPROCESSORS),
+                    column_sums(rows, cols, MULTIPROCESSORS),
+                ] {
+                    let [x, y, z] = launch.grid;
+                    assert!((1..=i32::MAX as u32).contains(&x), "{rows} x {cols}: {launch:?}");
+                    assert!((1..=65_535).contains(&y) && z == 1, "{rows} x {cols}: {launch:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn teams_waste_little_of_their_tiles() {
+        let lanes = |cols| elementwise(64, cols, MULTIPROCESSORS).block[0];
+        assert_eq!(lanes(1024), 32);
+        assert_eq!(lanes(768), 8);
+        assert_eq!(lanes(64), 4);
+        assert_eq!(lanes(4096), 32);
+    }
+
+    #[test]
+    fn rows_of_8192_columns_stay_in_registers() {
+        let launch = softmax(1, 8192, MULTIPROCESSORS);
+        assert_eq!(launch.block, [256, 1, 1]);
+        assert_eq!(softmax(1, 1024, MULTIPROCESSORS).block, [32, 8, 1]);
+    }
+}

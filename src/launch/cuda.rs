@@ -1,0 +1,113 @@
+//! What the `cuda.rs` of an op needs to launch its kernels: argument types, functions, outputs.
+
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
+
+use super::config::Launch;
+use crate::mask::MaskArgs;
+use crate::ops::ScoreArgs;
+
+/// The PTX of each `kernels/<op>.cu`.
+pub(crate) mod ptx {
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+// SAFETY: `repr(C)` integers and floats without padding, laid out as `struct MaskArgs` of the kernels.
+unsafe impl DeviceRepr for MaskArgs {}
+// SAFETY: as above, for `struct ScoreArgs`.
+unsafe impl DeviceRepr for ScoreArgs {}
+
+/// Runs `$body` with `$T` bound to the element type of a storage on CUDA.
+macro_rules! for_cuda_dtype {
+    ($op:expr, $storage:expr, |$T:ident| $body:expr) => {
+        match &$storage.slice {
+            candle_core::cuda_backend::CudaStorageSlice::F32(_) => {
+                type $T = f32;
+                $body
+            }
+            candle_core::cuda_backend::CudaStorageSlice::F16(_) => {
+                type $T = half::f16;
+                $body
+            }
+            candle_core::cuda_backend::CudaStorageSlice::BF16(_) => {
+                type $T = half::bf16;
+                $body
+            }
+            _ => {
+                let dtype = candle_core::backend::BackendStorage::dtype($storage);
+                Err($crate::elem::unsupported_on_cuda($op, "x", dtype))
+            }
+        }
+    };
+}
+pub(crate) use for_cuda_dtype;
+
+/// `<kernel>_<dtype>`, as the `.cu` files name their kernels.
+pub(crate) fn kernel_name<T: WithDType>(kernel: &str) -> String {
+    format!("{kernel}_{}", T::DTYPE.as_str())
+}
+
+/// The elements of a contiguous tensor on CUDA.
+pub(crate) fn view<'a, T: CudaDType>(
+    op: &str,
+    storage: &'a CudaStorage,
+    layout: &Layout,
+) -> Result<CudaView<'a, T>> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("{op}: expected a contiguous tensor, got {layout:?}; call contiguous() on it")
+    };
+    Ok(storage.as_cuda_slice::<T>()?.slice(start..end))
+}
+
+/// The view of a tensor that may be absent; a null pointer for the kernel then.
+pub(crate) fn optional_view<'a, T: CudaDType>(
+    op: &str,
+    tensor: Option<(&'a CudaStorage, &Layout)>,
+) -> Result<Option<CudaView<'a, T>>> {
+    tensor.map(|(storage, layout)| view(op, storage, layout)).transpose()
+}
+
+/// Adds an [`optional_view`] to the arguments of a kernel.
+pub(crate) fn push_optional<'a, 'b: 'a, T: DeviceRepr>(
+    args: &mut LaunchArgs<'a>,
+    view: &'b Option<CudaView<'b, T>>,
+) {
+    match view {
+        Some(view) => args.arg(view),
+        None => args.arg(&0u64),
+    };
+}
+
+pub(crate) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
+    let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    Ok(device.cuda_stream().context().attribute(attribute).w()? as usize)
+}
+
+/// `len` elements that nobody has written yet.
+///
+/// # Safety
+/// A kernel writes all of them before they are read.
+pub(crate) unsafe fn output<T: DeviceRepr>(
+    device: &CudaDevice,
+    len: usize,
+) -> Result<CudaSlice<T>> {
+    // SAFETY: the caller's. An allocation of no bytes is an error of the driver, so there is one more.
+    unsafe { device.alloc::<T>(len.max(1)) }
+}
+
+/// Launches a kernel.
+///
+/// # Safety
+/// The arguments are those of the kernel, in order and type, and its slices hold as many elements as its
+/// sizes say.
+pub(crate) unsafe fn launch(mut args: LaunchArgs<'_>, launch: Launch) -> Result<()> {
+    let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x, y, z));
+    let config = LaunchConfig { grid_dim: grid, block_dim: block, shared_mem_bytes: 0 };
+    // SAFETY: the caller's.
+    unsafe { args.launch(config) }.w()?;
+    Ok(())
+}

@@ -1,0 +1,101 @@
+//! Naive formulas that take a mask, for tests and benches; no op uses them.
+//!
+//! Each is a chain of candle operations, written as the formula reads, so it works in every float
+//! dtype: in f64 it is the reference, in the dtype of an op it shows which error the op may have. Its
+//! gradients are candle's own. `keep` is 1 where an element is kept and 0 where it is dropped (u8, as
+//! [`DropMask::to_tensor`](crate::DropMask::to_tensor) gives it); `drop_scale` is
+//! [`Rate::scale`](crate::Rate::scale).
+
+use candle_core::{D, Device, Result, Tensor};
+
+use crate::AttentionMask;
+
+/// `keep ? x * drop_scale : 0`; see [`dropout`](crate::dropout).
+///
+/// # Errors
+/// `keep` has not the shape of `x`.
+pub fn dropout(x: &Tensor, keep: &Tensor, drop_scale: f64) -> Result<Tensor> {
+    let kept = (x * drop_scale)?;
+    keep.where_cond(&kept, &kept.zeros_like()?)
+}
+
+/// `residual + (keep ? (x + bias) * drop_scale : 0)`; see [`dropout_add`](crate::dropout_add).
+///
+/// # Errors
+/// The shapes or dtypes differ.
+pub fn dropout_add(
+    x: &Tensor,
+    residual: &Tensor,
+    bias: Option<&Tensor>,
+    keep: &Tensor,
+    drop_scale: f64,
+) -> Result<Tensor> {
+    let branch = match bias {
+        Some(bias) => x.broadcast_add(bias)?,
+        None => x.clone(),
+    };
+    let kept = (residual + (branch * drop_scale)?)?;
+    keep.where_cond(&kept, residual)
+}
+
+/// `keep ? softmax(scale * scores + mask) * drop_scale : 0`, with zeros in rows of which every key is
+/// masked; see [`softmax_dropout`](crate::softmax_dropout).
+///
+/// # Errors
+/// The shapes or dtypes differ.
+pub fn softmax_dropout(
+    scores: &Tensor,
+    scale: f64,
+    mask: &AttentionMask,
+    keep: &Tensor,
+    drop_scale: f64,
+) -> Result<Tensor> {
+    if scores.rank() == 0 {
+        let (row, keep) = (scores.unsqueeze(0)?, keep.unsqueeze(0)?);
+        return softmax_dropout(&row, scale, mask, &keep, drop_scale)?.squeeze(0);
+    }
+    let scaled = (scores * scale)?;
+    let t = match mask {
+        AttentionMask::None => scaled,
+        AttentionMask::Additive(additive) => scaled.broadcast_add(additive)?,
+        AttentionMask::Causal => {
+            let masked = scaled.ones_like()?.affine(0., f64::NEG_INFINITY)?;
+            let visible = causal(scaled.dim(D::Minus2)?, scaled.dim(D::Minus1)?, scores.device())?;
+            visible.broadcast_as(scaled.shape())?.where_cond(&scaled, &masked)?
+        }
+    };
+    let max = t.max_keepdim(D::Minus1)?.detach();
+    let max = max.eq(f64::NEG_INFINITY)?.where_cond(&max.zeros_like()?, &max)?;
+    let e = t.broadcast_sub(&max)?.exp()?;
+    let sum = e.sum_keepdim(D::Minus1)?;
+    let sum = sum.eq(0.)?.where_cond(&sum.ones_like()?, &sum)?;
+    dropout(&e.broadcast_div(&sum)?, keep, drop_scale)
+}
+
+/// `residual[n] + (keep[n] ? x[n] * drop_scale : 0)`; see [`drop_path_add`](crate::drop_path_add).
+///
+/// `keep` has one entry for each sample, or one for all.
+///
+/// # Errors
+/// The shapes or dtypes differ.
+pub fn drop_path_add(
+    x: &Tensor,
+    residual: &Tensor,
+    keep: &Tensor,
+    drop_scale: f64,
+) -> Result<Tensor> {
+    let mut per_sample = vec![1; x.rank()];
+    if let Some(samples) = per_sample.first_mut() {
+        *samples = keep.elem_count();
+    }
+    let keep = keep.reshape(per_sample)?.broadcast_as(x.shape())?;
+    dropout_add(x, residual, None, &keep, drop_scale)
+}
+
+/// 1 where query `i` sees key `j`: `j <= i + keys - queries`.
+fn causal(queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
+    let visible = |i: usize, j: usize| u8::from(j + queries <= i + keys);
+    let visible: Vec<_> =
+        (0..queries).flat_map(|i| (0..keys).map(move |j| visible(i, j))).collect();
+    Tensor::from_vec(visible, (queries, keys), device)
+}

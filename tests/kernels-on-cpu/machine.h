@@ -1,0 +1,344 @@
+// The execution model: a grid of blocks, a block of threads, barriers, warps, shared memory.
+//
+// Blocks run one after another, the threads of a block as fibers, each until it has to wait. So
+// memory is consistent and a run repeats exactly, but the order of the threads is ours to choose:
+// a kernel that lacks a barrier computes something else in another order, and that is what the
+// tests look for. Nothing here is kinder than the hardware:
+//
+//   - every block finds shared memory full of NaN;
+//   - threads that have returned no longer count at `__syncthreads`, and the others must all wait
+//     at the same one;
+//   - a warp collective completes when every lane of its mask has reached it; to name a lane that
+//     does not exist, has returned or waits elsewhere is an error, and so is to read a lane outside
+//     the mask;
+//   - what would hang a GPU ends here, with the place where each thread waits.
+//
+// One kindness remains: a warp collective orders the memory accesses around it. A `__syncwarp` that
+// stands right beside a shuffle can be missing without being noticed.
+#pragma once
+#include "fiber.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace machine {
+
+// All ones: a NaN in every float format, -1 in every integer one.
+constexpr int poison = 0xff;
+constexpr unsigned max_block_threads = 1024;
+
+// ---- Threads ------------------------------------------------------------------------------------
+
+// A place in a kernel where threads wait for one another.
+struct Site {
+  const char *call = nullptr;
+  const char *file = nullptr;
+  int line = 0;
+  bool operator==(const Site &other) const {
+    return line == other.line && !strcmp(call, other.call) && !strcmp(file, other.file);
+  }
+};
+
+enum class State { ready, at_barrier, at_collective, returned };
+
+struct Thread {
+  fiber::Fiber fiber;
+  uint3 index;
+  State state;
+  Site site;
+  // Of the collective this thread takes part in: what it gives, and what it gets.
+  unsigned mask, source;
+  uint64_t offered, received;
+  unsigned ballot;
+};
+
+// The order in which ready threads take their turn, and blocks theirs.
+struct Order {
+  enum Kind : uint32_t { forward, reverse, shuffled } kind = forward;
+  uint32_t seed = 0;
+
+  void arrange(std::vector<unsigned> &turns, std::mt19937 &random) const {
+    if (kind == shuffled) std::shuffle(turns.begin(), turns.end(), random);
+  }
+  std::vector<unsigned> first_turns(unsigned count) const {
+    std::vector<unsigned> turns(count);
+    for (unsigned i = 0; i < count; ++i) turns[i] = kind == reverse ? count - 1 - i : i;
+    return turns;
+  }
+};
+
+inline Thread threads[max_block_threads];
+inline Thread *current;     // null while the scheduler runs
+inline unsigned block_size; // threads in a block
+inline fiber::Fiber scheduler;
+inline std::function<void()> kernel_body;
+inline const char *kernel_name = "";
+inline uint32_t waiting_lanes[max_block_threads / warpSize]; // of each warp, those at a collective
+
+inline unsigned thread_id() { return static_cast<unsigned>(current - threads); }
+inline unsigned lane_id() { return thread_id() % warpSize; }
+
+inline void print_position() {
+  fprintf(stderr, "kernels-on-cpu: in %s, block (%u, %u, %u)", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z);
+  if (current) fprintf(stderr, ", thread (%u, %u, %u)", threadIdx.x, threadIdx.y, threadIdx.z);
+  fputc('\n', stderr);
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  fputs("kernels-on-cpu: ", stderr);
+  vfprintf(stderr, format, arguments);
+  fputc('\n', stderr);
+  va_end(arguments);
+  print_position();
+  _exit(1);
+}
+
+// One line for each run of neighbouring threads that are in the same place.
+inline void print_threads(unsigned begin, unsigned end) {
+  const auto alike = [](const Thread &a, const Thread &b) {
+    if (a.state != b.state) return false;
+    if (a.state == State::at_collective && a.mask != b.mask) return false;
+    return a.state == State::ready || a.state == State::returned || a.site == b.site;
+  };
+  for (unsigned first = begin, next; first < end; first = next) {
+    for (next = first + 1; next < end && alike(threads[first], threads[next]);) ++next;
+    const Thread &t = threads[first];
+    fprintf(stderr, "  threads %u..%u ", first, next - 1);
+    switch (t.state) {
+    case State::ready: fputs("run\n", stderr); break;
+    case State::returned: fputs("have returned\n", stderr); break;
+    case State::at_barrier: fprintf(stderr, "wait in %s, %s:%d\n", t.site.call, t.site.file, t.site.line); break;
+    case State::at_collective:
+      fprintf(stderr, "wait in %s with mask %08x, %s:%d\n", t.site.call, t.mask, t.site.file, t.site.line);
+    }
+  }
+}
+
+inline void thread_main() {
+  fiber::entered(scheduler);
+  for (;;) {
+    kernel_body();
+    current->state = State::returned;
+    fiber::switch_to(current->fiber, scheduler);
+  }
+}
+
+inline void resume(Thread &thread) {
+  current = &thread;
+  threadIdx = thread.index;
+  if (!thread.fiber.stack) fiber::create(thread.fiber, thread_main);
+  fiber::switch_to(scheduler, thread.fiber);
+  current = nullptr;
+}
+
+// ---- Warps --------------------------------------------------------------------------------------
+
+inline void complete(Thread *warp, unsigned mask) {
+  unsigned ballot = 0;
+  for (unsigned lane = 0; lane < warpSize; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    if (!(warp[lane].site == current->site && warp[lane].mask == mask)) {
+      print_threads(thread_id() - lane_id(), std::min(block_size, thread_id() - lane_id() + warpSize));
+      fail("divergent warp: lanes that one mask names wait in different collectives");
+    }
+    ballot |= static_cast<unsigned>(warp[lane].offered != 0) << lane;
+  }
+  for (unsigned lane = 0; lane < warpSize; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    warp[lane].received = warp[warp[lane].source].offered;
+    warp[lane].ballot = ballot;
+    warp[lane].state = State::ready;
+  }
+}
+
+// Every warp collective: each lane of `mask` offers a value and receives that of lane `source`,
+// together with the ballot of the values that are not zero.
+inline const Thread &meet(Site site, unsigned mask, uint64_t offered, unsigned source) {
+  const unsigned lane = lane_id(), first = thread_id() - lane;
+  if (!(mask >> lane & 1)) fail("%s at %s:%d: lane %u is not in its own mask %08x", site.call, site.file, site.line, lane, mask);
+  if (!(mask >> source & 1)) fail("%s at %s:%d reads lane %u, which is not in the mask %08x", site.call, site.file, site.line, source, mask);
+  for (unsigned other = 0; other < warpSize; ++other)
+    if ((mask >> other & 1) && (first + other >= block_size || threads[first + other].state == State::returned))
+      fail("%s at %s:%d: inactive lane %u is in the mask %08x; it %s", site.call, site.file, site.line, other, mask,
+           first + other >= block_size ? "does not exist" : "has returned");
+
+  Thread &self = *current;
+  self.state = State::at_collective;
+  self.site = site;
+  self.mask = mask;
+  self.offered = offered;
+  self.source = source;
+  uint32_t &waiting = waiting_lanes[first / warpSize];
+  waiting |= 1u << lane;
+  if ((waiting & mask) == mask) {
+    waiting &= ~mask;
+    complete(&threads[first], mask);
+  } else {
+    fiber::switch_to(self.fiber, scheduler);
+  }
+  return self;
+}
+
+template <class T> T shuffle(Site site, unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves 4 or 8 bytes");
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  const Thread &self = meet(site, mask, bits, source);
+  memcpy(&value, &self.received, sizeof value);
+  return value;
+}
+
+// ---- Shared memory ------------------------------------------------------------------------------
+
+struct Range {
+  void *begin;
+  size_t bytes;
+};
+inline std::vector<Range> shared_variables;
+inline std::unique_ptr<char[]> dynamic_shared_memory;
+inline size_t dynamic_shared_bytes;
+
+// The build writes one of these behind every static `__shared__` variable. The first thread to
+// pass finds the variable poisoned; from then on every block does.
+struct SharedVariable {
+  template <class T> explicit SharedVariable(T &variable) {
+    shared_variables.push_back({&variable, sizeof variable});
+    memset(static_cast<void *>(&variable), poison, sizeof variable);
+  }
+};
+
+// And this stands for `extern __shared__ T name[]`: a buffer of exactly the size of the launch, so
+// that AddressSanitizer sees every access beyond it.
+template <class T> T *dynamic_shared() { return reinterpret_cast<T *>(dynamic_shared_memory.get()); }
+
+inline void poison_shared_memory() {
+  for (const Range &variable : shared_variables) memset(variable.begin, poison, variable.bytes);
+  memset(dynamic_shared_memory.get(), poison, dynamic_shared_bytes);
+}
+
+// ---- Blocks and grids ---------------------------------------------------------------------------
+
+inline void barrier(Site site) {
+  current->state = State::at_barrier;
+  current->site = site;
+  fiber::switch_to(current->fiber, scheduler);
+}
+
+// Opens the barrier once all threads that still run have reached it.
+inline bool release_barrier() {
+  const Thread *first = nullptr;
+  for (unsigned i = 0; i < block_size; ++i) {
+    if (threads[i].state == State::returned) continue;
+    if (threads[i].state != State::at_barrier) return false;
+    if (!first) first = &threads[i];
+    if (!(threads[i].site == first->site)) {
+      print_threads(0, block_size);
+      fail("divergent barrier: threads of one block wait at different ones");
+    }
+  }
+  for (unsigned i = 0; i < block_size; ++i)
+    if (threads[i].state == State::at_barrier) threads[i].state = State::ready;
+  return first != nullptr;
+}
+
+inline void run_block(const Order &order, std::mt19937 &random) {
+  poison_shared_memory();
+  for (unsigned i = 0; i < block_size; ++i) {
+    threads[i].state = State::ready;
+    threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+  }
+  std::vector<unsigned> turns = order.first_turns(block_size);
+  for (bool progress = true; progress;) {
+    progress = false;
+    order.arrange(turns, random);
+    for (unsigned i : turns)
+      if (threads[i].state == State::ready) {
+        resume(threads[i]);
+        progress = true;
+      }
+    progress |= release_barrier();
+  }
+  for (unsigned i = 0; i < block_size; ++i)
+    if (threads[i].state != State::returned) {
+      print_threads(0, block_size);
+      fail("divergent barrier: these threads would wait for ever");
+    }
+}
+
+inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const Order &order, std::function<void()> body) {
+  gridDim = grid;
+  blockDim = block;
+  block_size = block.x * block.y * block.z;
+  if (block_size == 0 || block_size > max_block_threads || block.z > 64) fail("no GPU launches blocks of (%u, %u, %u)", block.x, block.y, block.z);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    fail("no GPU launches a grid of (%u, %u, %u)", grid.x, grid.y, grid.z);
+  if (shared_bytes > 227 << 10) fail("no GPU has %zu bytes of shared memory for a block", shared_bytes);
+  kernel_body = std::move(body);
+  dynamic_shared_bytes = shared_bytes;
+  dynamic_shared_memory.reset(new char[shared_bytes]);
+
+  std::mt19937 random(order.seed);
+  std::vector<unsigned> turns = order.first_turns(grid.x * grid.y * grid.z);
+  order.arrange(turns, random);
+  for (unsigned i : turns) {
+    blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    run_block(order, random);
+  }
+}
+
+} // namespace machine
+
+// ---- As CUDA spells it --------------------------------------------------------------------------
+
+// Each call notes where it stands in the kernel: the default arguments are those of its caller.
+#define KERNELS_ON_CPU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(KERNELS_ON_CPU_SITE) { machine::barrier({"__syncthreads", file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffff, KERNELS_ON_CPU_SITE) {
+  machine::meet({"__syncwarp", file, line}, mask, 0, machine::lane_id());
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, KERNELS_ON_CPU_SITE) {
+  return machine::meet({"__ballot_sync", file, line}, mask, predicate != 0, machine::lane_id()).ballot;
+}
+inline int __any_sync(unsigned mask, int predicate, KERNELS_ON_CPU_SITE) {
+  return machine::meet({"__any_sync", file, line}, mask, predicate != 0, machine::lane_id()).ballot != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, KERNELS_ON_CPU_SITE) {
+  return machine::meet({"__all_sync", file, line}, mask, predicate != 0, machine::lane_id()).ballot == mask;
+}
+
+// A shuffle stays inside segments of `width` lanes. A lane whose source lies outside gets its own
+// value back, except that `__shfl_xor_sync` may reach into an earlier segment.
+template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, KERNELS_ON_CPU_SITE) {
+  const unsigned segment = machine::lane_id() & ~(width - 1u);
+  return machine::shuffle({"__shfl_sync", file, line}, mask, value, segment + (source & (width - 1u)));
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, KERNELS_ON_CPU_SITE) {
+  const unsigned lane = machine::lane_id(), in_segment = lane & (width - 1u);
+  return machine::shuffle({"__shfl_up_sync", file, line}, mask, value, delta <= in_segment ? lane - delta : lane);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, KERNELS_ON_CPU_SITE) {
+  const unsigned lane = machine::lane_id(), in_segment = lane & (width - 1u);
+  return machine::shuffle({"__shfl_down_sync", file, line}, mask, value, in_segment + delta < static_cast<unsigned>(width) ? lane + delta : lane);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize, KERNELS_ON_CPU_SITE) {
+  const unsigned lane = machine::lane_id(), source = lane ^ static_cast<unsigned>(lanes), segment_end = (lane | (width - 1u)) + 1;
+  return machine::shuffle({"__shfl_xor_sync", file, line}, mask, value, source < segment_end ? source : lane);
+}
