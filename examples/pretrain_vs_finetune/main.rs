@@ -231,16 +231,26 @@ mod tests {
         let poems = file("poems", 5000..6000);
         let job = |flags: &[&str]| {
             let flags = [&["--pretrain-steps", "6", "--finetune-steps", "6"], flags].concat();
-            job(&args(&flags, &out)).map(|report| report.losses().len()).map_err(|e| format!("{e:#}"))
+            job(&args(&flags, &out))
+                .map(|report| report.losses().len())
+                .map_err(|e| format!("{e:#}"))
         };
         assert_eq!(job(&["--pretrain", &long, "--finetune", &poems]), Ok(16));
         let error = job(&["--pretrain", &short, "--finetune", &poems]).unwrap_err();
-        assert!(error.starts_with("pretraining text: 1536 bytes are needed, there are 704:"), "{error}");
+        assert!(
+            error.starts_with("pretraining text: 1536 bytes are needed, there are 704:"),
+            "{error}"
+        );
         let error = job(&["--pretrain", &long, "--finetune", &short]).unwrap_err();
-        assert!(error.starts_with("fine-tuning text: 2000 bytes are needed, there are 720:"), "{error}");
+        assert!(
+            error.starts_with("fine-tuning text: 2000 bytes are needed, there are 720:"),
+            "{error}"
+        );
         // Held-out text that was trained on leaves nothing to judge by.
-        let seen = ["--finetune-dev", &long, "--finetune-test", &long];
-        let error = job(&[&["--pretrain", &long, "--finetune", &poems], &seen[..]].concat()).unwrap_err();
+        let couplet = file("couplet", 5000..5223);
+        let seen = ["--finetune-dev", &couplet, "--finetune-test", &couplet];
+        let error =
+            job(&[&["--pretrain", &long, "--finetune", &couplet], &seen[..]].concat()).unwrap_err();
         assert!(error.contains("also occur in training text: 64 bytes are needed"), "{error}");
         let error = job(&["--pretrain", "no-such-file", "--finetune", &poems]).unwrap_err();
         assert!(error.contains("cannot read no-such-file"), "{error}");
