@@ -8,7 +8,7 @@ use clap::{Parser, ValueEnum};
 use serde::Serialize;
 
 use crate::corpus::{self, Splits, VOCAB_SIZE};
-use crate::train::Recipe;
+use crate::train::{Recipe, Sites};
 
 /// Which dropout for pretraining, which for fine-tuning? Trains a small GPT at several rates and seeds and says.
 ///
@@ -101,6 +101,9 @@ pub struct Args {
     /// Stochastic depth of every run.
     #[arg(long)]
     drop_path_rate: Option<f32>,
+    /// Where the rates apply.
+    #[arg(long, value_enum, default_value = "all")]
+    sites: Sites,
     /// Use candle's own ops around dropout instead of the fused ones; the masks are the same.
     #[arg(long)]
     unfused: bool,
@@ -136,6 +139,7 @@ pub struct Settings {
     pub width: usize,
     pub heads: usize,
     pub drop_path_rate: f32,
+    pub sites: Sites,
     pub fused: bool,
     pub dev_windows: usize,
     pub test_windows: usize,
@@ -160,7 +164,7 @@ impl Settings {
             lr: 2e-3,
             warmup: 20,
             final_lr: 1.0,
-            eval_every: 20,
+            eval_every: 10,
             ..pretrain.clone()
         };
         let cpu = Self {
@@ -180,6 +184,7 @@ impl Settings {
             width: 64,
             heads: 4,
             drop_path_rate: 0.0,
+            sites: Sites::All,
             fused: true,
             dev_windows: 128,
             test_windows: 512,
@@ -320,6 +325,7 @@ impl Args {
         set(&mut s.width, &self.width);
         set(&mut s.heads, &self.heads);
         set(&mut s.drop_path_rate, &self.drop_path_rate);
+        s.sites = self.sites;
         s.fused = !self.unfused;
         for rates in [&mut s.pretrain_rates, &mut s.finetune_rates] {
             rates.push(0.0);

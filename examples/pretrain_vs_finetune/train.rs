@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_dropout::{DropMask, Gpt, GptConfig, MaskGenerator, dropout, seeded_var_builder};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
+use clap::ValueEnum;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{SeedableRng, rngs::StdRng};
 use serde::Serialize;
@@ -23,6 +24,25 @@ pub type Weights = BTreeMap<String, Tensor>;
 pub enum Phase {
     Pretrain,
     Finetune,
+}
+
+/// Where a run's dropout rate applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sites {
+    /// Embedding, attention weights and residual branches.
+    All,
+    /// Residual branches only.
+    Residual,
+}
+
+impl Sites {
+    fn config(self, model: &GptConfig, drop_p: f32) -> GptConfig {
+        match self {
+            Self::All => model.clone().with_dropout(drop_p),
+            Self::Residual => GptConfig { resid_pdrop: drop_p, ..model.clone().with_dropout(0.0) },
+        }
+    }
 }
 
 /// How a phase trains.
@@ -66,6 +86,7 @@ pub struct Task {
 #[derive(Debug)]
 pub struct Shared {
     pub model: GptConfig,
+    pub sites: Sites,
     pub device: Device,
     pub eval_batch: usize,
     pub train_windows: usize,
@@ -155,7 +176,7 @@ struct Model {
 
 impl Model {
     fn new(shared: &Shared, run: &Run, start: Option<&Weights>) -> Result<Self> {
-        let config = shared.model.clone().with_dropout(run.drop_p);
+        let config = shared.sites.config(&shared.model, run.drop_p);
         // Within a seed every rate sees one stream of masks, which no other random choice shares.
         let masks = Arc::new(MaskGenerator::new(stream(run, 1)));
         let map = VarMap::new();
@@ -499,7 +520,7 @@ mod tests {
             n_head: 2,
             ..Default::default()
         };
-        Shared { model, device: Device::Cpu, eval_batch: 4, train_windows: 8 }
+        Shared { model, sites: Sites::All, device: Device::Cpu, eval_batch: 4, train_windows: 8 }
     }
 
     #[test]
