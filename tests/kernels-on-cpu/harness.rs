@@ -237,7 +237,7 @@ macro_rules! plain {
         }
     )*};
 }
-plain!(u8 u16 u32 u64 i32 i64 f16 bf16 f32);
+plain!(u8 u16 u32 u64 i32 i64 f16 bf16 f32 f64);
 
 pub fn to_bytes<T: Plain>(elements: &[T]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size_of_val(elements));
