@@ -71,8 +71,8 @@ constexpr int TEAMS = 8;
 // sums [gridDim.y, cols]: the column sums of each chunk of rows.
 template <bool VECTOR, typename T>
 __device__ __forceinline__ void column_sums(const T* __restrict__ dy, float* __restrict__ sums,
-                                            uint64_t rows, uint64_t cols, const MaskArgs& mask) {
-    __shared__ float partial[TEAMS][LANES * WIDTH];
+                                            uint64_t rows, uint64_t cols, const MaskArgs& mask,
+                                            float (*partial)[LANES * WIDTH]) {
     const uint64_t col = (uint64_t(blockIdx.x) * LANES + threadIdx.x) * WIDTH;
     const int count = count_at(col, cols);
     float sum[WIDTH] = {};
@@ -104,10 +104,11 @@ __device__ __forceinline__ void column_sums(const T* __restrict__ dy, float* __r
     extern "C" __global__ void __launch_bounds__(LANES* TEAMS) dropout_add_bwd_bias_##SUFFIX(      \
         const T* __restrict__ dy, float* __restrict__ sums, uint64_t rows, uint64_t cols,          \
         MaskArgs mask) {                                                                           \
+        __shared__ float partial[TEAMS][LANES * WIDTH];                                            \
         if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(dy)) {                      \
-            column_sums<true>(dy, sums, rows, cols, mask);                                         \
+            column_sums<true>(dy, sums, rows, cols, mask, partial);                                \
         } else {                                                                                   \
-            column_sums<false>(dy, sums, rows, cols, mask);                                        \
+            column_sums<false>(dy, sums, rows, cols, mask, partial);                               \
         }                                                                                          \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(256) dropout_add_bwd_bias_total_##SUFFIX(         \
