@@ -488,7 +488,8 @@ fn subtract(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
-/// The rate of the lowest mean dev loss, and every rate whose paired interval against it contains 0.
+/// The rate of the lowest mean dev loss, and every rate whose paired interval against it contains
+/// 0.
 fn best_set(rows: &[Row]) -> (f32, Vec<f32>) {
     let Some(lowest) = rows.iter().min_by(|a, b| a.dev.mean.total_cmp(&b.dev.mean)) else {
         return (0.0, Vec::new());
