@@ -22,8 +22,8 @@ struct ScoreArgs {
     uint64_t queries;
     RowMap additive_rows;    // row of the additive mask for a row of the scores
     uint64_t additive_cols;  // as many as there are keys, or 1 if it is broadcast over them
-    float scale;
-    float grad_scale;
+    double scale;            // rounded to f32 once, in a register that all threads share
+    double grad_scale;
     uint32_t causal;  // 1: query i sees the keys up to i + keys - queries
     uint32_t padding;
 
@@ -57,7 +57,7 @@ struct Row {
           additive_step(args.additive_cols == 1 ? 0 : 1),
           keys(keys),
           visible(args.visible(row, keys)),
-          scale(args.scale) {}
+          scale(float(args.scale)) {}
 
     // Softmax inputs of the 8 keys from `key` on; -inf where a key is masked or does not exist.
     __device__ __forceinline__ void load_inputs(uint64_t key, float (&t)[WIDTH]) const {
@@ -206,7 +206,7 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
         if (!is_mine) continue;  // tail
 
         // Step 4: the gradient.
-        const float scale = softmax.normaliser * args.grad_scale;
+        const float scale = softmax.normaliser * float(args.grad_scale);
         for_each_vector(keys, [&](int i, uint64_t key) {
             if (key >= keys) return;  // tail
             float(&e)[WIDTH] = softmax.exponentials(i, key);

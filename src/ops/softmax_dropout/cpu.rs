@@ -94,7 +94,7 @@ vectorized! {
         dscores: &mut [MaybeUninit<E>],
     ) {
         let drop_scale = E::Real::from_f32(drop.scale());
-        let grad_scale = E::Real::from_f32(args.grad_scale());
+        let grad_scale = E::Real::from_f64(args.grad_scale());
         let (mut p, mut dp) = (vec![E::Real::ZERO; cols], vec![E::Real::ZERO; cols]);
         let rows = scores.chunks_exact(cols).zip(dy.chunks_exact(cols));
         for (i, ((scores, dy), dscores)) in

@@ -42,8 +42,8 @@ const NAME: &str = "softmax_dropout";
 ///
 /// # Errors
 /// `scores` is no float tensor, or f64 on CUDA; it has fewer than two dimensions with a causal mask;
-/// `scale` is not finite; the additive mask has another dtype or device or does not broadcast; the
-/// window of `drop` does not fit `scores`.
+/// `scale` is not finite as an f32; the additive mask has another dtype or device or does not
+/// broadcast; the window of `drop` does not fit `scores`.
 ///
 /// Vaswani et al., "Attention is all you need", 2017, arXiv 1706.03762 (eq. 1, with the dropout on the
 /// weights of its reference implementation).
@@ -67,8 +67,8 @@ pub fn softmax_dropout(
     drop: &DropMask,
 ) -> Result<Tensor> {
     check_dtype(NAME, "scores", scores)?;
-    if !scale.is_finite() {
-        bail!("{NAME}: scale: expected a finite number, got {scale}; the usual one is 1/sqrt(D)")
+    if !(scale as f32).is_finite() {
+        bail!("{NAME}: scale: expected a finite f32, got {scale}; the usual one is 1/sqrt(D)")
     }
     let op = SoftmaxDropout {
         drop: drop.args(NAME, scores.dims())?,
@@ -162,8 +162,9 @@ impl CustomOp2 for SoftmaxDropout {
         let unscaled =
             SoftmaxDropoutGrad(Self { scores: self.scores.with_unit_gradient(), ..*self });
         let dt = scores.apply_op3_no_bwd(additive, &dy, &unscaled)?;
-        let dscores = (&dt * self.scores.scale())?;
-        Ok((Some(dscores), Some(sum_to_shape(&dt, additive.dims())?)))
+        let dadditive = sum_to_shape(&dt, additive.dims())?;
+        let dscores = scores.track_op().then(|| &dt * self.scores.scale()).transpose()?;
+        Ok((dscores, Some(dadditive)))
     }
 }
 
