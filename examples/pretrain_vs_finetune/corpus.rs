@@ -1,7 +1,8 @@
 //! Text in, training and held-out windows out.
 //!
-//! Bytes are the tokens, all 256 of them: a vocabulary made from the bytes in use would have to be read off some text,
-//! held-out text included, and losses over different vocabularies could not be compared.
+//! Bytes are the tokens, all 256 of them: a vocabulary made from the bytes in use would have to be
+//! read off some text, held-out text included, and losses over different vocabularies could not be
+//! compared.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -37,7 +38,8 @@ pub struct Window {
     pub start: usize,
 }
 
-/// Source code of crates that this crate's lock file pins and every platform builds: (name, version prefix).
+/// Source code of crates that this crate's lock file pins and every platform builds: (name, version
+/// prefix).
 const CODE: [(&str, &str); 8] = [
     ("candle-core", ""),
     ("candle-nn", ""),
@@ -102,7 +104,8 @@ impl Sources {
             );
             Ok(String::from_utf8(output.stdout)?)
         };
-        // Without the filter, cargo asks for the sources of other platforms, which no build here ever fetched.
+        // Without the filter, cargo asks for the sources of other platforms, which no build here
+        // ever fetched.
         let version = run(&["--version", "--verbose"])?;
         let host = version.lines().find_map(|line| line.strip_prefix("host: "));
         let host = host.context("`cargo --version --verbose` names no host")?;
@@ -211,7 +214,8 @@ pub fn read_documents(paths: &[PathBuf]) -> Result<Vec<Document>> {
 }
 
 impl Splits {
-    /// By document where there are ten or more, else every document is cut in three with gaps of `gap` bytes.
+    /// By document where there are ten or more, else every document is cut in three with gaps of
+    /// `gap` bytes.
     pub fn of(documents: Vec<Document>, gap: usize) -> Self {
         if documents.len() >= 10 {
             Self::by_document(documents)
@@ -264,7 +268,8 @@ pub fn truncate(documents: &mut Vec<Document>, mut bytes: usize) {
     });
 }
 
-/// FNV-1a (64 bits) over every document's split, name, length and text: two runs with one hash read the same text.
+/// FNV-1a (64 bits) over every document's split, name, length and text: two runs with one hash read
+/// the same text.
 pub fn fnv1a(corpora: &[&Splits]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     let mut eat = |bytes: &[u8]| {
@@ -308,7 +313,8 @@ pub fn spread(windows: &[Window], limit: usize) -> Vec<Window> {
     (0..kept).map(|i| windows[i * windows.len() / kept]).collect()
 }
 
-/// Drops the windows that share [`GUARD_BYTES`] neighbouring bytes with any of `train`; returns how many it dropped.
+/// Drops the windows that share [`GUARD_BYTES`] neighbouring bytes with any of `train`; returns how
+/// many it dropped.
 pub fn remove_seen(
     windows: &mut Vec<Window>,
     documents: &[Document],

@@ -1,16 +1,17 @@
 //! Which dropout for pretraining, which for fine-tuning?
 //!
-//! Pretrains a small GPT on much text, each byte seen once, and fine-tunes it on little text seen many times, for
-//! several dropout rates and seeds, and says which rates are best in each phase and how sure that is:
+//! Pretrains a small GPT on much text, each byte seen once, and fine-tunes it on little text seen
+//! many times, for several dropout rates and seeds, and says which rates are best in each phase and
+//! how sure that is:
 //!
 //! ```text
 //! cargo run --release --example pretrain_vs_finetune
 //! cargo run --release --example pretrain_vs_finetune -- --pretrain books.txt --finetune poems.txt
 //! ```
 //!
-//! Registered before any run: H1, in one-epoch pretraining every p > 0 has a higher dev loss than p = 0; H2, after a
-//! fixed number of epochs of fine-tuning on little data some p from 0.05 to 0.2 has a lower test loss than p = 0; H3,
-//! the same with early stopping.
+//! Registered before any run: H1, in one-epoch pretraining every p > 0 has a higher dev loss than p
+//! = 0; H2, after a fixed number of epochs of fine-tuning on little data some p from 0.05 to 0.2
+//! has a lower test loss than p = 0; H3, the same with early stopping.
 
 mod corpus;
 mod progress;
@@ -67,11 +68,13 @@ fn job(args: &Args) -> Result<Report> {
     Ok(Report::new(&settings, text, pretrained, finetuned, begin.elapsed()))
 }
 
-/// Candle spreads one op over all cores through a process-wide pool that spins and serves one caller at a time: runs
-/// side by side would queue for it (on two cores a step took six times as long). Here every run keeps to its thread.
+/// Candle spreads one op over all cores through a process-wide pool that spins and serves one
+/// caller at a time: runs side by side would queue for it (on two cores a step took six times as
+/// long). Here every run keeps to its thread.
 fn one_thread_a_run() {
     for name in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
-        // SAFETY: `main` calls this before it starts any thread, so nothing reads the environment meanwhile.
+        // SAFETY: `main` calls this before it starts any thread, so nothing reads the environment
+        // meanwhile.
         unsafe { std::env::set_var(name, "1") }
     }
 }
@@ -116,7 +119,8 @@ fn run_phase(
     Ok(results)
 }
 
-/// Cuts the texts into what the phases train and are judged on, and checks that there is enough of everything.
+/// Cuts the texts into what the phases train and are judged on, and checks that there is enough of
+/// everything.
 fn tasks(
     pretrain: Splits,
     mut finetune: Splits,

@@ -129,7 +129,7 @@ struct Arm {
     /// Mean dev loss of the models that the runs start from.
     dev_at_start: f64,
     seeds: usize,
-    test_documents: usize,
+    documents: usize,
     rows: Vec<Row>,
 }
 
@@ -268,11 +268,12 @@ impl Report {
             };
             let _ = writeln!(
                 out,
-                "\n{}\n  {verdict} ({}; {} seeds, {} test documents)",
+                "\n{}\n  {verdict} ({}; {} seeds, {} {} documents)",
                 arm.hypothesis,
                 arm.t_values(),
                 arm.seeds,
-                arm.test_documents
+                arm.documents,
+                arm.judged_on
             );
             let _ = writeln!(
                 out,
@@ -468,7 +469,7 @@ impl Arm {
             lowest_dev_p,
             dev_at_start: mean(&starts),
             seeds: base.len(),
-            test_documents: base.first().map_or(0, |o| o.test.documents.len()),
+            documents: base.first().map_or(0, |o| judge.evaluation(o).documents.len()),
             rows,
         }
     }
@@ -488,7 +489,8 @@ fn subtract(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
-/// The rate of the lowest mean dev loss, and every rate whose paired interval against it contains 0.
+/// The rate of the lowest mean dev loss, and every rate whose paired interval against it contains
+/// 0.
 fn best_set(rows: &[Row]) -> (f32, Vec<f32>) {
     let Some(lowest) = rows.iter().min_by(|a, b| a.dev.mean.total_cmp(&b.dev.mean)) else {
         return (0.0, Vec::new());
@@ -540,7 +542,7 @@ mod tests {
     #[test]
     fn verdicts_follow_the_sign_of_resolved_differences() {
         use Verdict::{Fails, Holds, NotResolved};
-        assert_eq!(verdicts(|p| f64::from(p)), [Holds, Fails, Fails]);
+        assert_eq!(verdicts(f64::from), [Holds, Fails, Fails]);
         assert_eq!(verdicts(|p| -f64::from(p)), [Fails, Holds, Holds]);
         assert_eq!(verdicts(|_| 0.0), [NotResolved; 3]);
         // A gain outside 0.05 to 0.2 is not what H2 is about.
@@ -549,7 +551,7 @@ mod tests {
 
     #[test]
     fn pairing_removes_what_seeds_share() {
-        let report = report(|p| f64::from(p));
+        let report = report(f64::from);
         let difference = report.arms[1].rows[1].difference.as_ref().unwrap();
         assert!(
             (difference.mean - 0.1).abs() < 2e-3 && difference.standard_error.unwrap() < 1e-3,
@@ -563,7 +565,7 @@ mod tests {
         let out =
             std::env::temp_dir().join(format!("candle-dropout-report-{}", std::process::id()));
         std::fs::create_dir_all(&out).unwrap();
-        let report = report(|p| f64::from(p));
+        let report = report(f64::from);
         report.write(&out).unwrap();
         let json: serde_json::Value =
             serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();

@@ -10,16 +10,19 @@ use serde::Serialize;
 use crate::corpus::{self, Splits, VOCAB_SIZE};
 use crate::train::{Recipe, Sites};
 
-/// Which dropout for pretraining, which for fine-tuning? Trains a small GPT at several rates and seeds and says.
+/// Which dropout for pretraining, which for fine-tuning? Trains a small GPT at several rates and
+/// seeds and says.
 ///
-/// Without text it pretrains on the source code of this crate's dependencies and fine-tunes on their prose.
+/// Without text it pretrains on the source code of this crate's dependencies and fine-tunes on
+/// their prose.
 #[derive(Debug, Parser)]
 #[command(name = "pretrain_vs_finetune")]
 pub struct Args {
     /// Sizes and budgets to start from; every other flag overrides one of them.
     #[arg(long, value_enum, default_value = "cpu")]
     preset: Preset,
-    /// A run of seconds that shows the program works and decides nothing: the same as `--preset quick`.
+    /// A run of seconds that shows the program works and decides nothing: the same as `--preset
+    /// quick`.
     #[arg(long, conflicts_with = "preset")]
     quick: bool,
 
@@ -29,7 +32,8 @@ pub struct Args {
     /// Files to fine-tune on.
     #[arg(long, num_args = 1.., value_name = "PATH", requires = "pretrain")]
     finetune: Option<Vec<PathBuf>>,
-    /// Held-out files for pretraining; without them a tenth of the documents (or of each, below ten) is held out.
+    /// Held-out files for pretraining; without them a tenth of the documents (or of each, below
+    /// ten) is held out.
     #[arg(long, num_args = 1.., value_name = "PATH", requires_all = ["pretrain", "pretrain_test"])]
     pretrain_dev: Option<Vec<PathBuf>>,
     /// Files read once at the end.

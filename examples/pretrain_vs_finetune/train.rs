@@ -1,4 +1,5 @@
-//! One training run, its evaluation, and the guards that stop the job when its promises do not hold.
+//! One training run, its evaluation, and the guards that stop the job when its promises do not
+//! hold.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -144,7 +145,8 @@ pub struct RunResult {
     pub weights: Weights,
 }
 
-/// Loss of every target, `logits [N, V]` and `targets [N]` -> `[N]`; fewer passes than candle-nn's cross-entropy.
+/// Loss of every target, `logits [N, V]` and `targets [N]` -> `[N]`; fewer passes than candle-nn's
+/// cross-entropy.
 fn token_losses(logits: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
     let shifted = logits.broadcast_sub(&logits.detach().max_keepdim(1)?)?; // [N, V]
     let log_sum = shifted.exp()?.sum_keepdim(1)?.log()?; // [N, 1]
@@ -167,7 +169,8 @@ fn batch(
     Ok((inputs, Tensor::from_vec(bytes(1), windows.len() * context, device)?))
 }
 
-/// A model with its variables in the order of their names: sums over parameters must not depend on a hash map's order.
+/// A model with its variables in the order of their names: sums over parameters must not depend on
+/// a hash map's order.
 struct Model {
     gpt: Gpt,
     vars: BTreeMap<String, Var>,
@@ -278,7 +281,8 @@ fn stream(run: &Run, purpose: u64) -> u64 {
     (run.seed * 2 + phase) * 16 + purpose
 }
 
-/// The windows of every step. Pretraining sees none twice; fine-tuning draws from all positions again and again.
+/// The windows of every step. Pretraining sees none twice; fine-tuning draws from all positions
+/// again and again.
 fn window_order(run: &Run, task: &Task, context: usize) -> Result<Vec<Window>> {
     let mut rng = StdRng::seed_from_u64(stream(run, 2));
     let count = task.recipe.steps * task.recipe.batch;
@@ -384,8 +388,8 @@ fn adamw(model: &Model, recipe: &Recipe) -> Result<AdamW> {
     Ok(AdamW::new(model.vars.values().cloned().collect(), params)?)
 }
 
-/// Runs `jobs` on `threads` threads, each inside a rayon pool of its own so that runs never share workers. Results come
-/// in the order of the jobs; the first error stops what has not started.
+/// Runs `jobs` on `threads` threads, each inside a rayon pool of its own so that runs never share
+/// workers. Results come in the order of the jobs; the first error stops what has not started.
 pub fn side_by_side<J: Sync, R: Send>(
     jobs: &[J],
     threads: usize,
@@ -457,7 +461,8 @@ pub fn check_guards(task: &Task, shared: &Shared, rates: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// The realised keep rate over a million elements lies within 4 standard deviations of the rate on the mask's grid.
+/// The realised keep rate over a million elements lies within 4 standard deviations of the rate on
+/// the mask's grid.
 fn check_keep_rate(drop_p: f32, device: &Device) -> Result<()> {
     let n = 1 << 20;
     let drop = DropMask::new(drop_p, MaskGenerator::new(1).next_key())?;
