@@ -22,31 +22,30 @@ __device__ __forceinline__ void dropout_add(const T* __restrict__ x, const T* __
     for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
         const uint64_t start = row * cols;
         const uint64_t mask_row = mask.rows.map(row);
-        float v[N][WIDTH], r[N][WIDTH];
+        Fetched<VECTOR, T> fetched_x[N], fetched_residual[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const uint64_t col = first + i * step;
             if (col >= cols) break;  // tail
-            load<VECTOR>(x + start + col, count_at(col, cols), v[i]);
-            load<VECTOR>(residual + start + col, count_at(col, cols), r[i]);
+            fetched_x[i].fetch(x + start + col, count_at(col, cols));
+            fetched_residual[i].fetch(residual + start + col, count_at(col, cols));
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const uint64_t col = first + i * step;
             if (col >= cols) break;  // tail
-            if (bias) {
-                float b[WIDTH];
-                load<VECTOR>(bias + col, count_at(col, cols), b);
-#pragma unroll
-                for (int j = 0; j < WIDTH; ++j) v[i][j] = __fadd_rn(v[i][j], b[j]);
-            }
             const Draws draws = VECTOR ? draw(mask, mask_row, col) : draw_unaligned(mask, mask_row, col);
+            float v[WIDTH], r[WIDTH], b[WIDTH] = {};
+            fetched_x[i].widen(v);
+            fetched_residual[i].widen(r);
+            if (bias) load<VECTOR>(bias + col, count_at(col, cols), b);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                const float kept = __fadd_rn(r[i][j], __fmul_rn(v[i][j], mask.scale));
-                r[i][j] = keeps(mask, draws[j]) ? kept : r[i][j];
+                const float branch = bias ? __fadd_rn(v[j], b[j]) : v[j];
+                const float kept = __fadd_rn(r[j], __fmul_rn(branch, mask.scale));
+                r[j] = keeps(mask, draws[j]) ? kept : r[j];
             }
-            store<VECTOR>(y + start + col, count_at(col, cols), r[i]);
+            store<VECTOR>(y + start + col, count_at(col, cols), r);
         }
     });
 }

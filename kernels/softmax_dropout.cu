@@ -155,7 +155,7 @@ __device__ __forceinline__ void softmax_dropout_fwd(const T* __restrict__ scores
         const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
         const Row<VECTOR, T> row(scores, additive, args, r, keys);
         Softmax<VECTOR, RESIDENT, T> softmax(row, scratch);
-        if (!is_mine) continue;  // tail
+        if (!is_mine) continue;
 
         const float scale = softmax.normaliser * drop.scale;
         const uint64_t mask_row = drop.rows.map(r);
@@ -207,7 +207,7 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
             for (int j = 0; j < WIDTH; ++j) thread_dot += e[j] * dp[i][j];
         });
         const float dot = team_reduce(thread_dot, scratch, Sum()) * softmax.normaliser;
-        if (!is_mine) continue;  // tail
+        if (!is_mine) continue;
 
         // Step 4: the gradient.
         const float scale = softmax.normaliser * float(args.grad_scale);
@@ -234,7 +234,7 @@ __device__ __forceinline__ bool fits_in_registers(uint64_t keys) {
 }
 
 #define SOFTMAX_DROPOUT(SUFFIX, T)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) softmax_dropout_fwd_##SUFFIX(                   \
+    extern "C" __global__ void __launch_bounds__(256, 2) softmax_dropout_fwd_##SUFFIX(                \
         const T* __restrict__ scores, const T* __restrict__ additive, T* __restrict__ y,              \
         uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) {                                \
         __shared__ float scratch[MAX_WARPS];                                                          \
