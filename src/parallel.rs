@@ -26,6 +26,8 @@ pub(crate) unsafe fn filled<E: Send>(
     }
     let mut out = Vec::with_capacity(len);
     let spare = &mut out.spare_capacity_mut()[..len];
+    #[cfg(target_os = "linux")]
+    ask_for_huge_pages(spare);
     if len <= MIN_ELEMENTS {
         f(0, spare);
     } else {
@@ -35,4 +37,19 @@ pub(crate) unsafe fn filled<E: Send>(
     // SAFETY: the chunks cover `..len`, and `f` has written all of each.
     unsafe { out.set_len(len) };
     out
+}
+
+/// Asks for memory in pages of 2 MB, which take one fault where pages of 4 KB take 512.
+#[cfg(target_os = "linux")]
+fn ask_for_huge_pages<E>(memory: &mut [MaybeUninit<E>]) {
+    const PAGE: usize = 1 << 21;
+    let bytes = memory.as_mut_ptr_range();
+    let (start, end) = (bytes.start.addr().next_multiple_of(PAGE), bytes.end.addr() & !(PAGE - 1));
+    if start < end {
+        // SAFETY: whole pages that lie within `memory`, whose contents the advice leaves alone; it is
+        // a hint, so a refusal is no error.
+        unsafe {
+            libc::madvise(bytes.start.with_addr(start).cast(), end - start, libc::MADV_HUGEPAGE)
+        };
+    }
 }
