@@ -87,7 +87,7 @@ mod tests {
                 column_totals(cols, MULTIPROCESSORS),
             ] {
                 let threads = threads(launch);
-                assert!(threads <= 256 && threads % 32 == 0, "{cols} columns: {launch:?}");
+                assert!(threads <= 256 && threads.is_multiple_of(32), "{cols} columns: {launch:?}");
             }
         }
     }
