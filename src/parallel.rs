@@ -21,12 +21,15 @@ pub(crate) unsafe fn filled<E: Send>(
     unit: usize,
     f: impl Fn(usize, &mut [MaybeUninit<E>]) + Sync,
 ) -> Vec<E> {
+    if len == 0 {
+        return Vec::new(); // the unit of an empty tensor may be 0
+    }
     let mut out = Vec::with_capacity(len);
     let spare = &mut out.spare_capacity_mut()[..len];
     if len <= MIN_ELEMENTS {
         f(0, spare);
     } else {
-        let chunk = MIN_ELEMENTS.next_multiple_of(unit.max(1));
+        let chunk = MIN_ELEMENTS.next_multiple_of(unit);
         spare.par_chunks_mut(chunk).enumerate().for_each(|(i, out)| f(i * chunk, out));
     }
     // SAFETY: the chunks cover `..len`, and `f` has written all of each.

@@ -31,6 +31,7 @@ pub fn dropout_add(
     drop_scale: f64,
 ) -> Result<Tensor> {
     let branch = match bias {
+        Some(bias) if x.rank() == 0 => (x + bias.squeeze(0)?)?,
         Some(bias) => x.broadcast_add(bias)?,
         None => x.clone(),
     };

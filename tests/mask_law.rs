@@ -1,14 +1,16 @@
 //! The mask law on the CPU: against vectors of an independent implementation, by its statistics, and
 //! under every window and instruction set.
 
+mod common;
+
 use std::process::Command;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_dropout::{
     AttentionMask, DropMask, MaskKey, Rate, StochasticDepth, drop_path_add, dropout, dropout_add,
     softmax_dropout,
 };
-use half::{bf16, f16};
+use common::{bits, random};
 use proptest::prelude::*;
 
 /// A bound on a standard normal variable that a sound mask passes but once in 150,000 checks.
@@ -315,15 +317,7 @@ struct Fingerprint(u64);
 
 impl Fingerprint {
     fn add(&mut self, x: &Tensor) -> Result<()> {
-        let x = x.flatten_all()?;
-        let bits: Vec<u64> = match x.dtype() {
-            DType::U8 => x.to_vec1::<u8>()?.into_iter().map(u64::from).collect(),
-            DType::F32 => x.to_vec1::<f32>()?.iter().map(|x| x.to_bits().into()).collect(),
-            DType::F16 => x.to_vec1::<f16>()?.iter().map(|x| x.to_bits().into()).collect(),
-            DType::BF16 => x.to_vec1::<bf16>()?.iter().map(|x| x.to_bits().into()).collect(),
-            _ => x.to_vec1::<f64>()?.iter().map(|x| x.to_bits()).collect(),
-        };
-        for bits in bits {
+        for bits in bits(x)? {
             self.0 = (self.0 ^ bits).wrapping_mul(0x0000_0100_0000_01b3);
         }
         Ok(())
@@ -336,14 +330,9 @@ fn fingerprint() -> Result<u64> {
     let drop = DropMask::new(0.3, MaskKey::new(99))?;
     fingerprint.add(&drop.to_tensor((37, 1031), &Device::Cpu)?)?;
     fingerprint.add(&drop.window(&[50, 2000], &[7, 3]).to_tensor((37, 1031), &Device::Cpu)?)?;
-    let wave = |scale: f32, cols: usize| {
-        let x: Vec<f32> = (0..37 * cols).map(|i| ((i as f32 * scale).sin() * 9.).exp()).collect();
-        Tensor::from_vec(x, (37, cols), &Device::Cpu)
-    };
     for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
-        let input =
-            |scale, cols| candle_core::Var::from_tensor(&wave(scale, cols)?.to_dtype(dtype)?);
-        let (x, residual, bias) = (input(0.37, 1031)?, input(0.11, 1031)?, input(0.7, 1031)?);
+        let input = |seed| Var::from_tensor(&random(&[37, 1031], dtype, seed)?.exp()?);
+        let (x, residual, bias) = (input(1)?, input(2)?, input(3)?);
         let first_row = bias.get(0)?;
         let additive = AttentionMask::Additive(first_row.clone());
         let outputs = [

@@ -121,7 +121,7 @@ impl CustomOp2 for DropPathAdd {
     fn bwd(
         &self,
         x: &Tensor,
-        _residual: &Tensor,
+        residual: &Tensor,
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -130,7 +130,7 @@ impl CustomOp2 for DropPathAdd {
             true => Some(dy.apply_op1(*self)?),
             false => None,
         };
-        Ok((dx, Some(dy)))
+        Ok((dx, residual.track_op().then_some(dy)))
     }
 }
 

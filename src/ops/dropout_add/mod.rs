@@ -125,12 +125,12 @@ impl CustomOp2 for DropoutAdd {
     fn bwd(
         &self,
         x: &Tensor,
-        _residual: &Tensor,
+        residual: &Tensor,
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
-        Ok((self.dx(x, &dy)?, Some(dy)))
+        Ok((self.dx(x, &dy)?, residual.track_op().then_some(dy)))
     }
 }
 
@@ -171,7 +171,7 @@ impl CustomOp3 for DropoutAdd {
     fn bwd(
         &self,
         x: &Tensor,
-        _residual: &Tensor,
+        residual: &Tensor,
         bias: &Tensor,
         _y: &Tensor,
         dy: &Tensor,
@@ -181,7 +181,7 @@ impl CustomOp3 for DropoutAdd {
             true => Some(dy.apply_op1(DropoutAddBias { mask: self.mask })?),
             false => None,
         };
-        Ok((self.dx(x, &dy)?, Some(dy), dbias))
+        Ok((self.dx(x, &dy)?, residual.track_op().then_some(dy), dbias))
     }
 }
 

@@ -32,7 +32,7 @@ const NAME: &str = "softmax_dropout";
 ///
 /// # Dtypes
 /// f32, f16, bf16, and f64 on the CPU, one for scores and additive mask. The softmax is computed in
-/// f32 (f64 for f64) whatever the dtype, and rounded once.
+/// f32 (f64 for f64) whatever the dtype, and rounded once; `scale` is rounded to f32 for all.
 ///
 /// # Randomness
 /// `y` is `dropout(softmax(..), drop)` with the same mask, bit for bit. Backward stores neither mask nor
@@ -42,7 +42,7 @@ const NAME: &str = "softmax_dropout";
 ///
 /// # Errors
 /// `scores` is no float tensor, or f64 on CUDA; it has fewer than two dimensions with a causal mask;
-/// `scale` is not finite; the additive mask has another dtype or device or does not broadcast; the
+/// `scale` is not finite in f32; the additive mask has another dtype or device or does not broadcast; the
 /// window of `drop` does not fit `scores`.
 ///
 /// Vaswani et al., "Attention is all you need", 2017, arXiv 1706.03762 (eq. 1, with the dropout on the
@@ -67,8 +67,8 @@ pub fn softmax_dropout(
     drop: &DropMask,
 ) -> Result<Tensor> {
     check_dtype(NAME, "scores", scores)?;
-    if !scale.is_finite() {
-        bail!("{NAME}: scale: expected a finite number, got {scale}; the usual one is 1/sqrt(D)")
+    if !(scale as f32).is_finite() {
+        bail!("{NAME}: scale: expected a finite f32, got {scale}; the usual one is 1/sqrt(D)")
     }
     let op = SoftmaxDropout {
         drop: drop.args(NAME, scores.dims())?,
@@ -162,8 +162,9 @@ impl CustomOp2 for SoftmaxDropout {
         let unscaled =
             SoftmaxDropoutGrad(Self { scores: self.scores.with_unit_gradient(), ..*self });
         let dt = scores.apply_op3_no_bwd(additive, &dy, &unscaled)?;
-        let dscores = (&dt * self.scores.scale())?;
-        Ok((Some(dscores), Some(sum_to_shape(&dt, additive.dims())?)))
+        let dadditive = sum_to_shape(&dt, additive.dims())?;
+        let dscores = scores.track_op().then(|| &dt * self.scores.scale()).transpose()?;
+        Ok((dscores, Some(dadditive)))
     }
 }
 

@@ -1,0 +1,882 @@
+//! Every op against its naive formula, forward and each gradient, and the promises of its docs.
+
+mod common;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_dropout::{
+    AttentionMask, DropMask, MaskKey, Rate, StochasticDepth, drop_path_add, dropout, dropout_add,
+    reference, softmax_dropout,
+};
+use common::{bits, random};
+use proptest::prelude::*;
+
+const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
+
+/// The scale of the scores, as the ops round it.
+const SCALE: f64 = 0.699_999_988_079_071;
+
+fn mask(drop_p: f32) -> DropMask {
+    DropMask::new(drop_p, MaskKey::derive(42, 7)).unwrap()
+}
+
+/// The CPU, and a GPU if there is one that this build can use.
+fn devices() -> Vec<Device> {
+    [Ok(Device::Cpu), Device::new_cuda(0)].into_iter().flatten().collect()
+}
+
+// ---- the runner ----
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Op {
+    Dropout,
+    DropoutAdd,
+    DropoutAddBias,
+    Softmax,
+    SoftmaxCausal,
+    SoftmaxAdditive,
+    DropPathAddRow,
+    DropPathAddBatch,
+}
+
+const OPS: [Op; 8] = [
+    Op::Dropout,
+    Op::DropoutAdd,
+    Op::DropoutAddBias,
+    Op::Softmax,
+    Op::SoftmaxCausal,
+    Op::SoftmaxAdditive,
+    Op::DropPathAddRow,
+    Op::DropPathAddBatch,
+];
+
+impl Op {
+    fn takes(self, dims: &[usize]) -> bool {
+        match self {
+            Op::SoftmaxCausal => dims.len() >= 2,
+            Op::DropPathAddRow => !dims.is_empty(),
+            _ => true,
+        }
+    }
+
+    /// The shapes of its arguments, if `x` or the scores have this one.
+    fn arguments(self, dims: &[usize]) -> Vec<Vec<usize>> {
+        let last = dims.last().copied().unwrap_or(1);
+        match self {
+            Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
+            Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
+            Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
+            Op::SoftmaxAdditive => {
+                vec![dims.to_vec(), dims.last().map_or(vec![], |last| vec![*last])]
+            }
+        }
+    }
+
+    fn mask_dims(self, dims: &[usize]) -> Vec<usize> {
+        match self {
+            Op::DropPathAddRow => vec![1, dims[0]],
+            Op::DropPathAddBatch => vec![1, 1],
+            _ => dims.to_vec(),
+        }
+    }
+
+    fn fused(self, args: &[Tensor], drop: &DropMask) -> Result<Tensor> {
+        let x = &args[0];
+        match self {
+            Op::Dropout => dropout(x, drop),
+            Op::DropoutAdd => dropout_add(x, &args[1], None, drop),
+            Op::DropoutAddBias => dropout_add(x, &args[1], Some(&args[2]), drop),
+            Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
+            Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
+            _ => softmax_dropout(x, SCALE, &self.attention_mask(args), drop),
+        }
+    }
+
+    fn naive(self, args: &[Tensor], drop: &DropMask) -> Result<Tensor> {
+        let x = &args[0];
+        let keep = drop.to_tensor(self.mask_dims(x.dims()), x.device())?;
+        // Nothing is kept at a scale of 0, and candle ends the graph at a multiplication by 0.
+        let drop_scale = match drop.rate() {
+            Rate::DROP_ALL => 1.,
+            rate => f64::from(rate.scale()),
+        };
+        match self {
+            Op::Dropout => reference::dropout(x, &keep, drop_scale),
+            Op::DropoutAdd | Op::DropoutAddBias => {
+                reference::dropout_add(x, &args[1], args.get(2), &keep, drop_scale)
+            }
+            Op::DropPathAddRow | Op::DropPathAddBatch => {
+                reference::drop_path_add(x, &args[1], &keep, drop_scale)
+            }
+            _ => {
+                let mask = self.attention_mask(args);
+                reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
+            }
+        }
+    }
+
+    fn attention_mask(self, args: &[Tensor]) -> AttentionMask {
+        match self {
+            Op::SoftmaxCausal => AttentionMask::Causal,
+            Op::SoftmaxAdditive => AttentionMask::Additive(args[1].clone()),
+            _ => AttentionMask::None,
+        }
+    }
+}
+
+/// How the arguments of an op lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum View {
+    Contiguous,
+    /// The last two dimensions swapped.
+    Transposed,
+    /// The middle of something larger.
+    Offset,
+    /// One entry of the first dimension, repeated; a bias stays as it is, since candle would sum its
+    /// gradient in the dtype.
+    Broadcast,
+}
+
+impl View {
+    /// The shape of what is viewed as `dims`.
+    fn base(self, dims: &[usize]) -> Vec<usize> {
+        let (mut base, rank) = (dims.to_vec(), dims.len());
+        match self {
+            View::Transposed if rank >= 2 => base.swap(rank - 2, rank - 1),
+            View::Offset if rank >= 1 => base[0] += 3,
+            View::Broadcast if rank >= 2 => base[0] = 1,
+            _ => {}
+        }
+        base
+    }
+
+    fn of(self, base: &Tensor, dims: &[usize]) -> Result<Tensor> {
+        let rank = dims.len();
+        match self {
+            View::Transposed if rank >= 2 => base.transpose(rank - 2, rank - 1),
+            View::Offset if rank >= 1 => base.narrow(0, 2, dims[0]),
+            View::Broadcast => base.broadcast_as(dims),
+            _ => Ok(base.clone()),
+        }
+    }
+}
+
+/// The output of an op and the gradient of each of its arguments, as f64 on the CPU.
+///
+/// The arguments are inner nodes of the graph, twice a variable each, and views of it.
+fn run(
+    op: impl Fn(&[Tensor]) -> Result<Tensor>,
+    bases: &[Tensor],
+    dims: &[Vec<usize>],
+    view: View,
+    dy: &Tensor,
+) -> Result<Vec<Tensor>> {
+    let vars = bases.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+    let args = vars
+        .iter()
+        .zip(dims)
+        .map(|(var, dims)| view.of(&(var.as_tensor() * 2.)?, dims))
+        .collect::<Result<Vec<_>>>()?;
+    let y = op(&args)?;
+    let grads = (&y * dy)?.backward()?;
+    let mut results = vec![y];
+    for (i, var) in vars.iter().enumerate() {
+        let grad = grads.get(var).unwrap_or_else(|| panic!("argument {i} has no gradient"));
+        assert_eq!(grad.dims(), var.dims(), "gradient of argument {i}");
+        results.push(grad.clone());
+    }
+    results.iter().map(|x| x.to_device(&Device::Cpu)?.to_dtype(DType::F64)).collect()
+}
+
+/// The largest difference of two tensors; infinite if one is no number where the other is.
+fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
+    assert_eq!(a.dims(), b.dims());
+    let differences = (a - b)?.flatten_all()?.to_vec1::<f64>()?;
+    Ok(differences.iter().fold(0., |worst, d| match d.is_nan() {
+        true => f64::INFINITY,
+        false => d.abs().max(worst),
+    }))
+}
+
+fn largest(x: &Tensor) -> Result<f64> {
+    error(x, &x.zeros_like()?)
+}
+
+/// The distance from 1 to the next number; for f64, whose naive formula is the reference itself, that
+/// of a sum of 65,537 terms in another order.
+fn epsilon(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 256. * f64::EPSILON,
+        DType::F32 => f64::from(f32::EPSILON),
+        DType::F16 => f64::from(half::f16::EPSILON),
+        _ => f64::from(half::bf16::EPSILON),
+    }
+}
+
+/// Asserts that an op and each gradient are as close to the formula in f64 as the naive formula in the
+/// dtype of the op is, with arguments of the given shapes.
+fn agrees(op: Op, dims: &[Vec<usize>], view: View, drop_p: f32, dtype: DType) -> Result<()> {
+    let drop = mask(drop_p);
+    let bases = dims
+        .iter()
+        .enumerate()
+        .map(|(i, dims)| random(&view.base(dims), dtype, i as u64))
+        .collect::<Result<Vec<_>>>()?;
+    let dy = random(&dims[0], dtype, 9)?;
+    let naive = |args: &[Tensor]| op.naive(args, &drop);
+    let wide = bases.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
+    let exact = run(naive, &wide, dims, view, &dy.to_dtype(DType::F64)?)?;
+    let naive = run(naive, &bases, dims, view, &dy)?;
+    // The terms of a gradient of softmax cancel, in part or wholly, and their size is what rounds.
+    let terms = match op {
+        Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => {
+            2. * largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?
+        }
+        _ => 0.,
+    };
+    for device in devices() {
+        if device.is_cuda() && dtype == DType::F64 {
+            continue;
+        }
+        let bases = bases.iter().map(|x| x.to_device(&device)).collect::<Result<Vec<_>>>()?;
+        let fused = |args: &[Tensor]| op.fused(args, &drop);
+        let ours = run(fused, &bases, dims, view, &dy.to_device(&device)?)?;
+        for (i, ((ours, naive), exact)) in ours.iter().zip(&naive).zip(&exact).enumerate() {
+            let (ours, naive) = (error(ours, exact)?, error(naive, exact)?);
+            let magnitude = largest(exact)?.max(if i == 0 { 0. } else { terms });
+            let bound = 2. * naive + epsilon(dtype) * magnitude;
+            let what = if i == 0 { "output".into() } else { format!("gradient {i}") };
+            assert!(
+                ours <= bound,
+                "{op:?} {dims:?} {view:?} drop_p {drop_p} {dtype:?} {:?}: {what} is off by {ours:e}, \
+                 the naive formula by {naive:e}",
+                device.location()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// One by one: scalar, single elements, odd and prime sizes, none a multiple of 8; one column, one row;
+/// more queries than keys and fewer; more than one parallel chunk; more rows than a CUDA grid's y.
+const SHAPES: [&[usize]; 13] = [
+    &[],
+    &[1],
+    &[7],
+    &[1, 1],
+    &[131, 1],
+    &[1, 1031],
+    &[5, 3],
+    &[2, 3, 17],
+    &[2, 7, 4],
+    &[2, 3, 4, 5],
+    &[37, 1031],
+    &[5, 9973],
+    &[65537, 3],
+];
+
+fn agrees_on_every_shape_rate_and_dtype(op: Op) -> Result<()> {
+    for dims in SHAPES.into_iter().filter(|dims| op.takes(dims)) {
+        for drop_p in [0., 0.1, 0.5, 1.] {
+            for dtype in DTYPES {
+                agrees(op, &op.arguments(dims), View::Contiguous, drop_p, dtype)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::Dropout)
+}
+
+#[test]
+fn dropout_add_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::DropoutAdd)
+}
+
+#[test]
+fn dropout_add_with_bias_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::DropoutAddBias)
+}
+
+#[test]
+fn softmax_dropout_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::Softmax)
+}
+
+#[test]
+fn causal_softmax_dropout_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::SoftmaxCausal)
+}
+
+#[test]
+fn additive_softmax_dropout_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::SoftmaxAdditive)
+}
+
+#[test]
+fn drop_path_add_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::DropPathAddRow)?;
+    agrees_on_every_shape_rate_and_dtype(Op::DropPathAddBatch)
+}
+
+#[test]
+fn strided_offset_and_broadcast_arguments_agree_with_the_formula() -> Result<()> {
+    for op in OPS {
+        for dims in [&[5][..], &[5, 3], &[2, 3, 17], &[2, 3, 4, 5], &[37, 1031]] {
+            for view in [View::Transposed, View::Offset, View::Broadcast] {
+                for dtype in DTYPES {
+                    if op.takes(dims) {
+                        agrees(op, &op.arguments(dims), view, 0.3, dtype)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_additive_mask_and_its_gradient_agree_however_it_is_broadcast() -> Result<()> {
+    let scores = [2usize, 3, 4, 5];
+    let mut forms: Vec<Vec<usize>> = vec![vec![], vec![1], vec![5], vec![4, 1], vec![4, 5]];
+    forms.extend([vec![3, 1, 1], vec![3, 1, 5], vec![1, 4, 5], vec![3, 4, 5]]);
+    // Every dimension of its full size or 1.
+    for full in 0..16 {
+        forms.push((0..4).map(|d| if full >> d & 1 == 1 { scores[d] } else { 1 }).collect());
+    }
+    for form in forms {
+        for dtype in DTYPES {
+            let dims = [scores.to_vec(), form.clone()];
+            agrees(Op::SoftmaxAdditive, &dims, View::Contiguous, 0.3, dtype)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn empty_tensors_give_empty_outputs_and_gradients() -> Result<()> {
+    for op in OPS {
+        for dims in [&[0][..], &[3, 0], &[0, 4], &[2, 0, 3]] {
+            for (dtype, drop_p) in [(DType::F32, 0.3), (DType::BF16, 1.), (DType::F64, 0.)] {
+                if !op.takes(dims) {
+                    continue;
+                }
+                let vars = op
+                    .arguments(dims)
+                    .into_iter()
+                    .map(|dims| Var::zeros(dims, dtype, &Device::Cpu));
+                let vars = vars.collect::<Result<Vec<_>>>()?;
+                let args: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+                let y = op.fused(&args, &mask(drop_p))?;
+                assert_eq!(y.dims(), dims, "{op:?}");
+                let grads = y.backward()?;
+                for var in &vars {
+                    let grad = grads.get(var).unwrap();
+                    assert_eq!(grad.dims(), var.dims(), "{op:?}");
+                    assert!(largest(&grad.to_dtype(DType::F64)?)? == 0., "{op:?} {dims:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+// ---- gradients ----
+
+/// The derivative of `Σ w * op(args)` by each element of argument `i`, from differences of the op
+/// itself, equals the gradient that backward gives.
+#[test]
+fn gradients_equal_finite_differences() -> Result<()> {
+    const STEP: f64 = 1e-5;
+    for op in OPS {
+        let (dims, drop) = (op.arguments(&[3, 7]), mask(0.3));
+        let args = dims.iter().enumerate().map(|(i, dims)| random(dims, DType::F64, i as u64));
+        let args = args.collect::<Result<Vec<_>>>()?;
+        let w = random(&[3, 7], DType::F64, 9)?;
+        let loss = |args: &[Tensor]| (op.fused(args, &drop)? * &w)?.sum_all()?.to_scalar::<f64>();
+        let vars = args.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+        let tracked: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let grads = (op.fused(&tracked, &drop)? * &w)?.backward()?;
+        for (i, arg) in args.iter().enumerate() {
+            let grad = grads.get(&vars[i]).unwrap().flatten_all()?.to_vec1::<f64>()?;
+            let values = arg.flatten_all()?.to_vec1::<f64>()?;
+            for (j, grad) in grad.iter().enumerate() {
+                let loss_at = |step: f64| {
+                    let (mut args, mut values) = (args.clone(), values.clone());
+                    values[j] += step;
+                    args[i] = Tensor::from_vec(values, arg.dims(), &Device::Cpu)?;
+                    loss(&args)
+                };
+                let difference = (loss_at(STEP)? - loss_at(-STEP)?) / (2. * STEP);
+                assert!((difference - grad).abs() < 1e-8, "{op:?} argument {i} element {j}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn only_tracked_arguments_need_a_gradient() -> Result<()> {
+    for op in OPS {
+        let (dims, drop) = (op.arguments(&[4, 9]), mask(0.3));
+        let args = dims.iter().enumerate().map(|(i, dims)| random(dims, DType::F32, i as u64));
+        let args = args.collect::<Result<Vec<_>>>()?;
+        let vars = args.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+        let all: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let expected = op.fused(&all, &drop)?.backward()?;
+        for tracked in 0..args.len() {
+            let mut some = args.clone();
+            some[tracked] = all[tracked].clone();
+            let grads = op.fused(&some, &drop)?.backward()?;
+            let grad = grads.get(&vars[tracked]).unwrap().to_dtype(DType::F64)?;
+            let expected = expected.get(&vars[tracked]).unwrap().to_dtype(DType::F64)?;
+            let bound = epsilon(DType::F32) * largest(&expected)?;
+            assert!(error(&grad, &expected)? <= bound, "{op:?} argument {tracked}");
+            for (i, arg) in args.iter().enumerate().filter(|(i, _)| *i != tracked) {
+                assert!(grads.get(arg).is_none(), "{op:?}: argument {i} asked for no gradient");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_second_backward_gives_the_same_gradients() -> Result<()> {
+    for op in OPS {
+        let vars = op
+            .arguments(&[4, 9])
+            .into_iter()
+            .map(|dims| Var::from_tensor(&random(&dims, DType::F32, 3)?));
+        let vars = vars.collect::<Result<Vec<_>>>()?;
+        let args: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let y = op.fused(&args, &mask(0.3))?.sqr()?;
+        let (first, second) = (y.backward()?, y.backward()?);
+        for var in &vars {
+            assert_eq!(bits(first.get(var).unwrap())?, bits(second.get(var).unwrap())?, "{op:?}");
+        }
+    }
+    Ok(())
+}
+
+// ---- what is dropped vanishes ----
+
+/// NaN, both infinities and -0 where `keep` is 0, and the elements of `x` elsewhere.
+fn poisoned(x: &Tensor, keep: &Tensor) -> Result<Tensor> {
+    let poison = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.];
+    let poison: Vec<_> = (0..x.elem_count()).map(|i| poison[i % 4]).collect();
+    let poison = Tensor::from_vec(poison, x.dims(), x.device())?.to_dtype(x.dtype())?;
+    keep.where_cond(x, &poison)
+}
+
+fn gradient(y: &Tensor, dy: &Tensor, var: &Var) -> Result<Tensor> {
+    Ok((y * dy)?.backward()?.get(var).unwrap().clone())
+}
+
+/// Asserts that `poisoned` has the bits of `clean`.
+fn same_bits(poisoned: &Tensor, clean: &Tensor, what: &str) -> Result<()> {
+    assert_eq!(bits(poisoned)?, bits(clean)?, "{what} in {:?}", clean.dtype());
+    Ok(())
+}
+
+#[test]
+fn dropped_infinities_and_nans_vanish_from_dropout() -> Result<()> {
+    for (dtype, drop_p) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 0.4), (dtype, 1.)]) {
+        let (drop, dims) = (mask(drop_p), [13, 41]);
+        let keep = drop.to_tensor(&dims, &Device::Cpu)?;
+        let (x, dy) = (random(&dims, dtype, 1)?, random(&dims, dtype, 2)?);
+        let bad = Var::from_tensor(&poisoned(&x, &keep)?)?;
+        let (y, clean) = (dropout(&bad, &drop)?, dropout(&x, &drop)?);
+        same_bits(&y, &clean, "output")?;
+        let dropped = bits(&y)?.into_iter().zip(bits(&keep)?).filter(|(_, keep)| *keep == 0);
+        assert!(dropped.map(|(y, _)| y).all(|y| y == 0), "a dropped element is +0");
+        let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
+        let dx = gradient(&y, &poisoned(&dy, &keep)?, &bad)?;
+        same_bits(&dx, &gradient(&y, &zeros, &bad)?, "gradient")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn dropped_infinities_and_nans_leave_the_bare_residual() -> Result<()> {
+    for (dtype, drop_p) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 0.4), (dtype, 1.)]) {
+        let (drop, dims) = (mask(drop_p), [13, 41]);
+        let keep = drop.to_tensor(&dims, &Device::Cpu)?;
+        let (x, dy) = (random(&dims, dtype, 1)?, random(&dims, dtype, 2)?);
+        // A residual with every kind of value, of which the dropped elements keep each bit.
+        let residual = poisoned(&random(&dims, dtype, 3)?, &random(&dims, dtype, 4)?.gt(0.)?)?;
+        let bias = Var::from_tensor(&random(&[41], dtype, 5)?)?;
+        let bad = Var::from_tensor(&poisoned(&x, &keep)?)?;
+        let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
+        for bias in [None, Some(&bias)] {
+            let biased = bias.map(|bias| bias.as_tensor());
+            let y = dropout_add(&bad, &residual, biased, &drop)?;
+            same_bits(&y, &dropout_add(&x, &residual, biased, &drop)?, "output")?;
+            let dropped = bits(&y)?.into_iter().zip(bits(&residual)?).zip(bits(&keep)?);
+            assert!(dropped.filter(|(_, keep)| *keep == 0).all(|((y, residual), _)| y == residual));
+            for var in [Some(&bad), bias].into_iter().flatten() {
+                let grad = gradient(&y, &poisoned(&dy, &keep)?, var)?;
+                same_bits(&grad, &gradient(&y, &zeros, var)?, "gradient")?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn dropped_probabilities_are_zero_even_in_a_row_of_nan() -> Result<()> {
+    for dtype in DTYPES {
+        let (drop, dims) = (mask(0.4), [13, 41]);
+        let keep = drop.to_tensor(&dims, &Device::Cpu)?;
+        let scores = Var::from_tensor(&random(&dims, dtype, 1)?)?;
+        let y =
+            softmax_dropout(&(scores.as_tensor() * f64::NAN)?, 1., &AttentionMask::None, &drop)?;
+        let y = y.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        for (y, keep) in y.iter().zip(bits(&keep)?) {
+            assert!(if keep == 1 { y.is_nan() } else { y.to_bits() == 0 });
+        }
+        let (y, dy) =
+            (softmax_dropout(&scores, 1., &AttentionMask::None, &drop)?, random(&dims, dtype, 2)?);
+        let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
+        let dscores = gradient(&y, &poisoned(&dy, &keep)?, &scores)?;
+        same_bits(&dscores, &gradient(&y, &zeros, &scores)?, "gradient")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_dropped_branch_leaves_the_bare_residual() -> Result<()> {
+    for dtype in DTYPES {
+        let (drop, dims) = (mask(0.4), [13, 41]);
+        let keep = drop.to_tensor((1, 13), &Device::Cpu)?.t()?.broadcast_as(&dims)?.contiguous()?;
+        let (x, dy) = (random(&dims, dtype, 1)?, random(&dims, dtype, 2)?);
+        let residual = poisoned(&random(&dims, dtype, 3)?, &random(&dims, dtype, 4)?.gt(0.)?)?;
+        let bad = Var::from_tensor(&poisoned(&x, &keep)?)?;
+        let y = drop_path_add(&bad, &residual, StochasticDepth::Row, &drop)?;
+        same_bits(&y, &drop_path_add(&x, &residual, StochasticDepth::Row, &drop)?, "output")?;
+        let dropped = bits(&y)?.into_iter().zip(bits(&residual)?).zip(bits(&keep)?);
+        assert!(dropped.filter(|(_, keep)| *keep == 0).all(|((y, residual), _)| y == residual));
+        let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
+        let dx = gradient(&y, &poisoned(&dy, &keep)?, &bad)?;
+        same_bits(&dx, &gradient(&y, &zeros, &bad)?, "gradient")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_of_which_every_key_is_masked_give_zeros_and_zero_gradients() -> Result<()> {
+    for (dtype, drop_p) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 0.), (dtype, 0.4)]) {
+        let scores = Var::from_tensor(&random(&[2, 5, 3], dtype, 1)?)?;
+        // Queries 1 and 2 see nothing.
+        let visible =
+            Tensor::new(&[0f32, f32::NEG_INFINITY, f32::NEG_INFINITY, 0., 0.], &Device::Cpu)?;
+        let additive = Var::from_tensor(&visible.reshape((5, 1))?.to_dtype(dtype)?)?;
+        let blind_queries = [
+            (AttentionMask::Additive(additive.as_tensor().clone()), [1, 2]),
+            // Five queries and three keys: the first two come before every key.
+            (AttentionMask::Causal, [0, 1]),
+        ];
+        for (mask_kind, blind) in blind_queries {
+            let y = softmax_dropout(&scores, SCALE, &mask_kind, &mask(drop_p))?;
+            let grads = (&y * random(&[2, 5, 3], dtype, 2)?)?.backward()?;
+            let dscores = grads.get(&scores).unwrap();
+            for query in blind {
+                for x in [&y, dscores] {
+                    let row = x.narrow(1, query, 1)?.to_dtype(DType::F64)?;
+                    assert_eq!(largest(&row)?, 0., "{mask_kind:?}");
+                }
+            }
+            assert!(largest(&dscores.to_dtype(DType::F64)?)?.is_finite());
+            assert!(largest(&y.narrow(1, 3, 2)?.to_dtype(DType::F64)?)? > 0.);
+            if let Some(dadditive) = grads.get(&additive) {
+                assert!(largest(&dadditive.to_dtype(DType::F64)?)?.is_finite());
+            }
+        }
+    }
+    Ok(())
+}
+
+// ---- fused and unfused ----
+
+#[test]
+fn dropout_add_is_residual_plus_dropout_bit_for_bit() -> Result<()> {
+    let (x, residual) = (random(&[37, 1031], DType::F32, 1)?, random(&[37, 1031], DType::F32, 2)?);
+    let bias = random(&[1031], DType::F32, 3)?;
+    for drop_p in [0., 0.1, 0.5, 1.] {
+        let drop = mask(drop_p);
+        let fused = dropout_add(&x, &residual, None, &drop)?;
+        same_bits(&fused, &(&residual + dropout(&x, &drop)?)?, "output")?;
+        let fused = dropout_add(&x, &residual, Some(&bias), &drop)?;
+        let unfused = (&residual + dropout(&x.broadcast_add(&bias)?, &drop)?)?;
+        same_bits(&fused, &unfused, "biased output")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn softmax_dropout_draws_the_mask_of_dropout() -> Result<()> {
+    for dtype in DTYPES {
+        let scores = random(&[2, 3, 37, 41], dtype, 1)?;
+        let drop = mask(0.4);
+        let dropped = dropout(&scores.ones_like()?, &drop)?.eq(0.)?;
+        let y = softmax_dropout(&scores, SCALE, &AttentionMask::None, &drop)?;
+        same_bits(&y.eq(0.)?, &dropped, "mask")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_to_drop_means_x_itself() -> Result<()> {
+    let x = random(&[3, 5], DType::F32, 1)?;
+    assert_eq!(dropout(&x, &DropMask::none())?.id(), x.id());
+    assert_eq!(dropout(&x, &mask(0.))?.id(), x.id());
+    Ok(())
+}
+
+// ---- windows ----
+
+/// Asserts that an op on the parts along `dim`, each with its window, gives the whole and its gradient,
+/// bit for bit.
+fn parts_equal_the_whole(op: Op, dims: &[usize], dim: usize, cuts: &[usize]) -> Result<()> {
+    let (shapes, drop) = (op.arguments(dims), mask(0.4));
+    let vars = shapes
+        .iter()
+        .enumerate()
+        .map(|(i, dims)| Var::from_tensor(&random(dims, DType::F32, i as u64)?));
+    let vars = vars.collect::<Result<Vec<_>>>()?;
+    let dy = random(dims, DType::F32, 9)?;
+    let args: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+    let whole = op.fused(&args, &drop)?;
+    let ends = cuts.iter().copied().chain([dims[dim]]);
+    let parts = [0].iter().chain(cuts).zip(ends).map(|(&from, to)| {
+        let part = |x: &Tensor| match (x.rank() == dims.len(), dim + 1 == dims.len()) {
+            (true, _) => x.narrow(dim, from, to - from),
+            (false, true) => x.narrow(0, from, to - from),
+            (false, false) => Ok(x.clone()),
+        };
+        let (mut full, mut start) = (op.mask_dims(dims), vec![0; dims.len()]);
+        start[dim] = from;
+        if matches!(op, Op::DropPathAddRow) {
+            (full, start) = (vec![1, dims[0]], vec![0, from]);
+        }
+        let args = args.iter().map(part).collect::<Result<Vec<_>>>()?;
+        op.fused(&args, &drop.window(&full, &start))
+    });
+    let parts = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, dim)?;
+    let what = format!("{op:?} {dims:?} split in dimension {dim}");
+    same_bits(&parts, &whole, &what)?;
+    same_bits(&gradient(&parts, &dy, &vars[0])?, &gradient(&whole, &dy, &vars[0])?, &what)
+}
+
+#[test]
+fn a_split_op_equals_the_unsplit_op() -> Result<()> {
+    for op in [Op::Dropout, Op::DropoutAdd, Op::DropoutAddBias] {
+        parts_equal_the_whole(op, &[4, 6, 33], 0, &[1, 3])?;
+        parts_equal_the_whole(op, &[3, 10, 33], 1, &[1, 4])?;
+        parts_equal_the_whole(op, &[3, 10, 33], 2, &[3])?;
+        parts_equal_the_whole(op, &[2, 6, 5, 19], 1, &[2, 4])?;
+        parts_equal_the_whole(op, &[2, 3, 1200], 2, &[3, 600])?;
+        parts_equal_the_whole(op, &[8, 50, 129], 1, &[7])?;
+    }
+    for op in [Op::Softmax, Op::SoftmaxAdditive] {
+        parts_equal_the_whole(op, &[4, 6, 5, 19], 0, &[1, 3])?;
+        parts_equal_the_whole(op, &[2, 6, 5, 19], 1, &[2, 4])?;
+        parts_equal_the_whole(op, &[2, 6, 5, 19], 2, &[3])?;
+    }
+    parts_equal_the_whole(Op::SoftmaxCausal, &[4, 6, 5, 19], 0, &[1, 3])?;
+    parts_equal_the_whole(Op::SoftmaxCausal, &[2, 6, 5, 19], 1, &[2, 4])?;
+    parts_equal_the_whole(Op::DropPathAddRow, &[13, 3, 5], 0, &[3, 8])
+}
+
+#[test]
+fn attention_to_keys_from_the_third_on_draws_their_columns() -> Result<()> {
+    let drop = mask(0.4).window(&[2, 3, 5, 22], &[0, 0, 0, 3]);
+    let scores = random(&[2, 3, 5, 19], DType::F32, 1)?;
+    let y = softmax_dropout(&scores, SCALE, &AttentionMask::None, &drop)?;
+    let whole = mask(0.4).to_tensor((2, 3, 5, 22), &Device::Cpu)?;
+    same_bits(&y.ne(0.)?, &whole.narrow(3, 3, 19)?, "mask")
+}
+
+// ---- threads ----
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
+    for op in OPS {
+        for dtype in DTYPES {
+            let on = |threads: usize| -> Result<Vec<Vec<u64>>> {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let dims = op.arguments(&[700, 257]);
+                    let bases =
+                        dims.iter().enumerate().map(|(i, dims)| random(dims, dtype, i as u64));
+                    let bases = bases.collect::<Result<Vec<_>>>()?;
+                    let dy = random(&dims[0], dtype, 9)?;
+                    let op = |args: &[Tensor]| op.fused(args, &mask(0.4));
+                    run(op, &bases, &dims, View::Contiguous, &dy)?.iter().map(bits).collect()
+                })
+            };
+            assert_eq!(on(1)?, on(2)?, "{op:?} {dtype:?}");
+        }
+    }
+    Ok(())
+}
+
+// ---- errors ----
+
+/// Asserts that a call fails and that its message holds every fragment.
+fn fails(result: Result<Tensor>, fragments: &[&str]) {
+    let error = result.unwrap_err().to_string();
+    for fragment in fragments {
+        assert!(error.contains(fragment), "{fragment:?} is missing from: {error}");
+    }
+}
+
+#[test]
+fn errors_name_op_argument_expected_got_and_remedy() -> Result<()> {
+    let cpu = &Device::Cpu;
+    let drop = mask(0.5);
+    let x = random(&[2, 3, 4], DType::F32, 1)?;
+    let narrower = random(&[2, 3, 3], DType::F32, 1)?;
+    let wide = x.to_dtype(DType::F64)?;
+    let whole = Tensor::zeros((2, 3, 4), DType::U32, cpu)?;
+    let scalar = Tensor::new(1f32, cpu)?;
+    let bias = random(&[4], DType::F32, 2)?;
+    let (row, none) = (StochasticDepth::Row, AttentionMask::None);
+    let additive = |mask: &Tensor| AttentionMask::Additive(mask.clone());
+
+    // A dtype that is no float.
+    let got = ["x: expected dtype f32, f64, f16 or bf16, got U32", "to_dtype"];
+    fails(dropout(&whole, &drop), &["dropout: ", got[0], got[1]]);
+    fails(dropout(&whole, &mask(0.)), &["dropout: ", got[0], got[1]]);
+    fails(dropout_add(&whole, &whole, None, &drop), &["dropout_add: ", got[0], got[1]]);
+    fails(drop_path_add(&whole, &whole, row, &drop), &["drop_path_add: ", got[0], got[1]]);
+    let got = ["softmax_dropout: scores: expected dtype", "got U32", "to_dtype"];
+    fails(softmax_dropout(&whole, 1., &none, &drop), &got);
+
+    // Arguments that do not go together.
+    let got = ["residual: expected shape [2, 3, 4] like x, got [2, 3, 3]", "broadcast_as"];
+    fails(dropout_add(&x, &narrower, None, &drop), &["dropout_add: ", got[0], got[1]]);
+    fails(drop_path_add(&x, &narrower, row, &drop), &["drop_path_add: ", got[0], got[1]]);
+    let got = ["residual: expected dtype F32 like x, got F64", "to_dtype"];
+    fails(dropout_add(&x, &wide, None, &drop), &["dropout_add: ", got[0], got[1]]);
+    fails(drop_path_add(&x, &wide, row, &drop), &["drop_path_add: ", got[0], got[1]]);
+    let got =
+        ["dropout_add: bias: expected shape [4] like the last dimension of x [2, 3, 4], got [3]"];
+    fails(dropout_add(&x, &x, Some(&bias.narrow(0, 0, 3)?), &drop), &got);
+    fails(dropout_add(&x, &x, Some(&bias.unsqueeze(0)?), &drop), &["got [1, 4]; reshape it"]);
+    let got = ["dropout_add: bias: expected dtype F32 like x, got F64", "to_dtype"];
+    fails(dropout_add(&x, &x, Some(&bias.to_dtype(DType::F64)?), &drop), &got);
+
+    // Scores, their scale and their mask.
+    for scale in [f64::NAN, f64::INFINITY, 1e300] {
+        let got = ["softmax_dropout: scale: expected a finite f32, got", "1/sqrt(D)"];
+        fails(softmax_dropout(&x, scale, &none, &drop), &got);
+    }
+    let got =
+        ["softmax_dropout: scores: expected [.., Sq, Sk] for a causal mask, got [4]", "unsqueeze"];
+    fails(softmax_dropout(&bias, 1., &AttentionMask::Causal, &drop), &got);
+    let got =
+        ["softmax_dropout: mask: expected a shape that broadcasts over the scores [2, 3, 4], got"];
+    fails(softmax_dropout(&x, 1., &additive(&narrower), &drop), &[got[0], "[2, 3, 3]; give"]);
+    fails(softmax_dropout(&x, 1., &additive(&x.unsqueeze(0)?), &drop), &[got[0], "[1, 2, 3, 4]"]);
+    let got = ["softmax_dropout: mask: expected dtype F32 like", "got F64", "to_dtype"];
+    fails(softmax_dropout(&x, 1., &additive(&wide), &drop), &got);
+
+    // No samples.
+    let got =
+        ["drop_path_add: x: expected a batch dimension, got a scalar", "StochasticDepth::Batch"];
+    fails(drop_path_add(&scalar, &scalar, row, &drop), &got);
+
+    // Windows: of the wrong rank, and too small.
+    let rank = drop.window(&[6, 4], &[0, 0]);
+    let got =
+        ["drop.window: expected full_shape and start of rank 3", "[6, 4]", "one entry for each"];
+    fails(dropout(&x, &rank), &["dropout: ", got[0], got[1], got[2]]);
+    fails(dropout_add(&x, &x, None, &rank), &["dropout_add: ", got[0]]);
+    fails(softmax_dropout(&x, 1., &none, &rank), &["softmax_dropout: ", got[0]]);
+    fails(rank.to_tensor((2, 3, 4), cpu), &["to_tensor: ", got[0]]);
+    let rank = drop.window(&[6], &[0]);
+    fails(
+        drop_path_add(&x, &x, row, &rank),
+        &["drop_path_add: ", "of rank 2 like the mask [1, 2]"],
+    );
+    for start in [[0, 1, 0], [0, usize::MAX, 0]] {
+        let got =
+            ["dropout: drop.window: expected start + shape <= full_shape", "in dimension 1; pass"];
+        fails(dropout(&x, &drop.window(&[2, 3, 4], &start)), &got);
+    }
+    let far = drop.window(&[2, 3, 1 << 36], &[0, 0, (1 << 35) - 3]);
+    let got = ["dropout: x: expected at most 2^35 columns", "got 34359738369; reshape"];
+    fails(dropout(&x, &far), &got);
+    let deep = Tensor::zeros((2, 2, 2, 2, 2, 2), DType::F32, cpu)?;
+    let got = ["dropout: drop.window: expected a part that splits at most", "split fewer"];
+    fails(dropout(&deep, &drop.window(&[2, 3, 3, 3, 3, 3], &[0; 6])), &got);
+    Ok(())
+}
+
+/// Any shapes, dtypes and windows of small tensors, most of which do not go together.
+fn call() -> impl Strategy<Value = (usize, Vec<usize>, Option<Vec<usize>>, (DType, DType), Window)>
+{
+    let dims = prop::collection::vec(0usize..4, 0..6);
+    let dtype =
+        prop::sample::select(vec![DType::F32, DType::F64, DType::BF16, DType::U8, DType::I64]);
+    let dtypes = (dtype.clone(), dtype, prop::bool::ANY)
+        .prop_map(|(x, other, same)| (x, if same { x } else { other }));
+    let window = prop::option::of((
+        prop::collection::vec(0usize..6, 0..6),
+        prop::collection::vec(0usize..3, 0..6),
+    ));
+    (0..OPS.len(), dims.clone(), prop::option::of(dims), dtypes, window)
+}
+
+type Window = Option<(Vec<usize>, Vec<usize>)>;
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn a_call_succeeds_or_fails_but_never_panics((op, dims, other, dtypes, window) in call(), drop_p: f32) {
+        let op = OPS[op];
+        let mut drop = DropMask::new(drop_p, MaskKey::new(1)).unwrap_or(mask(0.5));
+        if let Some((full, start)) = window {
+            drop = drop.window(&full, &start);
+        }
+        let mut shapes = op.arguments(&dims);
+        if let (Some(other), Some(last)) = (other, shapes.get_mut(1..).and_then(|rest| rest.last_mut())) {
+            *last = other;
+        }
+        let dtype = |i: usize| if i == 0 { dtypes.0 } else { dtypes.1 };
+        let vars: Vec<_> = shapes.iter().enumerate()
+            .map(|(i, dims)| Var::ones(dims.as_slice(), dtype(i), &Device::Cpu).unwrap())
+            .collect();
+        let args: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        if let Ok(y) = op.fused(&args, &drop) {
+            prop_assert_eq!(y.dims(), dims);
+            let grads = y.backward().unwrap();
+            for var in &vars {
+                prop_assert_eq!(grads.get(var).unwrap().dims(), var.dims());
+            }
+        }
+    }
+}
+
+// ---- size ----
+
+/// About 13 GB of memory and, in a release build, a minute.
+#[test]
+#[ignore = "needs 13 GB of memory"]
+fn tensors_of_more_than_2_to_the_31_elements_draw_the_mask_of_their_rows() -> Result<()> {
+    let (rows, cols) = ((1 << 21) + 3, 1024);
+    let x = Tensor::ones((rows, cols), DType::F16, &Device::Cpu)?;
+    let drop = mask(0.1);
+    let end = drop.window(&[rows, cols], &[rows - 7, 0]).to_tensor((7, cols), &Device::Cpu)?;
+    let y = dropout(&x, &drop)?;
+    same_bits(&y.narrow(0, rows - 7, 7)?.ne(0.)?, &end, "dropout")?;
+    std::mem::drop(y);
+    let y = dropout_add(&x, &x, None, &drop)?;
+    same_bits(&y.narrow(0, rows - 7, 7)?.gt(1.)?, &end, "dropout_add")?;
+    std::mem::drop(y);
+    let y = softmax_dropout(&x, 1., &AttentionMask::None, &drop)?;
+    same_bits(&y.narrow(0, rows - 7, 7)?.ne(0.)?, &end, "softmax_dropout")
+}
