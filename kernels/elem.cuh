@@ -130,6 +130,17 @@ constexpr int TILE = 4;
 template <bool VECTOR>
 constexpr int TILE_OF = VECTOR ? TILE : 1;
 
+// The walk of a thread over the row that its team has taken: calls body(i, col) for its N vectors of each
+// stretch of blockDim.x * N vectors. In a row that is no longer than one stretch, i names the vector.
+template <int N, typename Body>
+__device__ __forceinline__ void for_each_vector(uint64_t cols, Body body) {
+    const uint64_t step = uint64_t(blockDim.x) * WIDTH;
+    for (uint64_t start = threadIdx.x * WIDTH; start < cols; start += N * step) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) body(i, start + i * step);
+    }
+}
+
 // How many of the 8 columns from `col` on exist; 0 behind the end of the row.
 __device__ __forceinline__ int count_at(uint64_t col, uint64_t cols) {
     return col < cols ? int(min(cols - col, uint64_t(WIDTH))) : 0;

@@ -81,17 +81,6 @@ struct Row {
     }
 };
 
-// The walk of a thread over its row: calls body(i, key) for its TILE vectors of each stretch of
-// blockDim.x * TILE vectors.
-template <typename Body>
-__device__ __forceinline__ void for_each_vector(uint64_t keys, Body body) {
-    const uint64_t step = uint64_t(blockDim.x) * WIDTH;
-    for (uint64_t start = threadIdx.x * WIDTH; start < keys; start += TILE * step) {
-#pragma unroll
-        for (int i = 0; i < TILE; ++i) body(i, start + i * step);
-    }
-}
-
 // What the steps of a row share: its softmax inputs, then their exponentials, in registers if they fit.
 template <bool VECTOR, typename T>
 struct Softmax {
@@ -105,7 +94,7 @@ struct Softmax {
     __device__ __forceinline__ Softmax(const Row<VECTOR, T>& row, float* scratch)
         : row(row), fits(row.keys <= uint64_t(blockDim.x) * TILE * WIDTH) {
         float thread_max = -INFINITY;
-        for_each_vector(row.keys, [&](int i, uint64_t key) {
+        for_each_vector<TILE>(row.keys, [&](int i, uint64_t key) {
             row.load_inputs(key, t[i]);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) thread_max = fmaxf(thread_max, t[i][j]);
@@ -115,7 +104,7 @@ struct Softmax {
         if (max == -INFINITY) max = 0.f;
 
         float thread_sum = 0.f;
-        for_each_vector(row.keys, [&](int i, uint64_t key) {
+        for_each_vector<TILE>(row.keys, [&](int i, uint64_t key) {
             if (!fits) row.load_inputs(key, t[i]);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
@@ -155,7 +144,7 @@ __device__ __forceinline__ void softmax_dropout_fwd(const T* __restrict__ scores
 
         const float scale = softmax.normaliser * drop.scale;
         const uint64_t mask_row = drop.rows.map(r);
-        for_each_vector(keys, [&](int i, uint64_t key) {
+        for_each_vector<TILE>(keys, [&](int i, uint64_t key) {
             if (key >= keys) return;  // tail
             float(&e)[WIDTH] = softmax.exponentials(i, key);
             const Draws draws = VECTOR ? draw(drop, mask_row, key) : draw_unaligned(drop, mask_row, key);
@@ -196,7 +185,7 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
             }
         };
         float thread_dot = 0.f;
-        for_each_vector(keys, [&](int i, uint64_t key) {
+        for_each_vector<TILE>(keys, [&](int i, uint64_t key) {
             const float(&e)[WIDTH] = softmax.exponentials(i, key);
             load_dp(i, key);
 #pragma unroll
@@ -207,7 +196,7 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
 
         // Step 4: the gradient.
         const float scale = softmax.normaliser * args.grad_scale;
-        for_each_vector(keys, [&](int i, uint64_t key) {
+        for_each_vector<TILE>(keys, [&](int i, uint64_t key) {
             if (key >= keys) return;  // tail
             float(&e)[WIDTH] = softmax.exponentials(i, key);
             if (!softmax.fits) load_dp(i, key);
