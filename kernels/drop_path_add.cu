@@ -20,28 +20,31 @@ __device__ __forceinline__ void drop_path_add(const T* __restrict__ x, const T* 
     for_each_tile<N>(samples, size, [&](uint64_t sample, uint64_t first, uint64_t step) {
         const uint64_t start = sample * size;
         const bool keep = keeps(mask, draw_unaligned(mask, mask.rows.map(0), sample)[0]);
-        float v[N][WIDTH], r[N][WIDTH];
+        Fetched<VECTOR, T> fetched_x[N], fetched_residual[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const uint64_t at = first + i * step;
             if (at >= size) break;  // tail
-            if (keep) load<VECTOR>(x + start + at, count_at(at, size), v[i]);
-            if (residual) load<VECTOR>(residual + start + at, count_at(at, size), r[i]);
+            if (keep) fetched_x[i].fetch(x + start + at, count_at(at, size));
+            if (residual) fetched_residual[i].fetch(residual + start + at, count_at(at, size));
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const uint64_t at = first + i * step;
             if (at >= size) break;  // tail
+            float v[WIDTH], r[WIDTH];
+            if (keep) fetched_x[i].widen(v);
+            if (residual) fetched_residual[i].widen(r);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                const float branch = keep ? __fmul_rn(v[i][j], mask.scale) : 0.f;
+                const float branch = keep ? __fmul_rn(v[j], mask.scale) : 0.f;
                 if (!residual) {
-                    r[i][j] = branch;
+                    r[j] = branch;
                 } else if (keep) {
-                    r[i][j] = __fadd_rn(r[i][j], branch);
+                    r[j] = __fadd_rn(r[j], branch);
                 }
             }
-            store<VECTOR>(y + start + at, count_at(at, size), r[i]);
+            store<VECTOR>(y + start + at, count_at(at, size), r);
         }
     });
 }

@@ -18,22 +18,24 @@ __device__ __forceinline__ void dropout(const T* __restrict__ x, T* __restrict__
         const T* x_row = x + row * cols;
         T* y_row = y + row * cols;
         const uint64_t mask_row = mask.rows.map(row);
-        float v[N][WIDTH];
+        Fetched<VECTOR, T> fetched[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const uint64_t col = first + i * step;
-            if (col < cols) load<VECTOR>(x_row + col, count_at(col, cols), v[i]);  // tail
+            if (col < cols) fetched[i].fetch(x_row + col, count_at(col, cols));  // tail
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const uint64_t col = first + i * step;
             if (col >= cols) break;  // tail
             const Draws draws = VECTOR ? draw(mask, mask_row, col) : draw_unaligned(mask, mask_row, col);
+            float v[WIDTH];
+            fetched[i].widen(v);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                v[i][j] = keeps(mask, draws[j]) ? __fmul_rn(v[i][j], mask.scale) : 0.f;
+                v[j] = keeps(mask, draws[j]) ? __fmul_rn(v[j], mask.scale) : 0.f;
             }
-            store<VECTOR>(y_row + col, count_at(col, cols), v[i]);
+            store<VECTOR>(y_row + col, count_at(col, cols), v);
         }
     });
 }

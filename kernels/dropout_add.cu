@@ -22,31 +22,30 @@ __device__ __forceinline__ void dropout_add(const T* __restrict__ x, const T* __
     for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
         const uint64_t start = row * cols;
         const uint64_t mask_row = mask.rows.map(row);
-        float v[N][WIDTH], r[N][WIDTH];
+        Fetched<VECTOR, T> fetched_x[N], fetched_residual[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const uint64_t col = first + i * step;
             if (col >= cols) break;  // tail
-            load<VECTOR>(x + start + col, count_at(col, cols), v[i]);
-            load<VECTOR>(residual + start + col, count_at(col, cols), r[i]);
+            fetched_x[i].fetch(x + start + col, count_at(col, cols));
+            fetched_residual[i].fetch(residual + start + col, count_at(col, cols));
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const uint64_t col = first + i * step;
             if (col >= cols) break;  // tail
-            if (bias) {
-                float b[WIDTH];
-                load<VECTOR>(bias + col, count_at(col, cols), b);
-#pragma unroll
-                for (int j = 0; j < WIDTH; ++j) v[i][j] = __fadd_rn(v[i][j], b[j]);
-            }
             const Draws draws = VECTOR ? draw(mask, mask_row, col) : draw_unaligned(mask, mask_row, col);
+            float v[WIDTH], r[WIDTH], b[WIDTH] = {};
+            fetched_x[i].widen(v);
+            fetched_residual[i].widen(r);
+            if (bias) load<VECTOR>(bias + col, count_at(col, cols), b);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                const float kept = __fadd_rn(r[i][j], __fmul_rn(v[i][j], mask.scale));
-                r[i][j] = keeps(mask, draws[j]) ? kept : r[i][j];
+                const float branch = bias ? __fadd_rn(v[j], b[j]) : v[j];
+                const float kept = __fadd_rn(r[j], __fmul_rn(branch, mask.scale));
+                r[j] = keeps(mask, draws[j]) ? kept : r[j];
             }
-            store<VECTOR>(y + start + col, count_at(col, cols), r[i]);
+            store<VECTOR>(y + start + col, count_at(col, cols), r);
         }
     });
 }
@@ -71,8 +70,8 @@ constexpr int TEAMS = 8;
 // sums [gridDim.y, cols]: the column sums of each chunk of rows.
 template <bool VECTOR, typename T>
 __device__ __forceinline__ void column_sums(const T* __restrict__ dy, float* __restrict__ sums,
-                                            uint64_t rows, uint64_t cols, const MaskArgs& mask) {
-    __shared__ float partial[TEAMS][LANES * WIDTH];
+                                            uint64_t rows, uint64_t cols, const MaskArgs& mask,
+                                            float (*partial)[LANES * WIDTH]) {
     const uint64_t col = (uint64_t(blockIdx.x) * LANES + threadIdx.x) * WIDTH;
     const int count = count_at(col, cols);
     float sum[WIDTH] = {};
@@ -104,10 +103,11 @@ __device__ __forceinline__ void column_sums(const T* __restrict__ dy, float* __r
     extern "C" __global__ void __launch_bounds__(LANES* TEAMS) dropout_add_bwd_bias_##SUFFIX(      \
         const T* __restrict__ dy, float* __restrict__ sums, uint64_t rows, uint64_t cols,          \
         MaskArgs mask) {                                                                           \
+        __shared__ float partial[TEAMS][LANES * WIDTH];                                            \
         if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(dy)) {                      \
-            column_sums<true>(dy, sums, rows, cols, mask);                                         \
+            column_sums<true>(dy, sums, rows, cols, mask, partial);                                \
         } else {                                                                                   \
-            column_sums<false>(dy, sums, rows, cols, mask);                                        \
+            column_sums<false>(dy, sums, rows, cols, mask, partial);                               \
         }                                                                                          \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(256) dropout_add_bwd_bias_total_##SUFFIX(         \

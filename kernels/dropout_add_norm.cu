@@ -29,27 +29,39 @@
 template <typename T>
 __device__ __forceinline__ float rounded(float x) { return widen(narrow<T>(x)); }
 
-// The statistics of a row from its vectors: load(i, col) fills v[i]. All threads of the block call it.
-struct Statistics {
+// The vectors of a row that a thread keeps, with zeros behind its end, and the statistics of the row.
+template <bool VECTOR, bool RESIDENT, typename T>
+struct Row {
+    static constexpr int N = KEPT<RESIDENT>;
+    const T* row;
+    uint64_t cols;
     float mean;
     float rstd;
+    float v[N][WIDTH];
 
-    template <typename Load>
-    __device__ __forceinline__ Statistics(float (&v)[TILE][WIDTH], bool fits, uint64_t cols, float eps,
-                                          uint32_t removes_mean, float* scratch, Load load) {
+    __device__ __forceinline__ Row(const T* row, uint64_t cols) : row(row), cols(cols) {}
+
+    __device__ __forceinline__ void load_vector_at(int i, uint64_t col) {
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) v[i][j] = 0.f;
+        if (col < cols) load<VECTOR>(row + col, count_at(col, cols), v[i]);  // tail
+    }
+
+    // From v if it holds the row, else from memory. All threads of the block call it.
+    __device__ __forceinline__ void take_statistics(float eps, uint32_t removes_mean, float* scratch) {
         mean = 0.f;
         if (removes_mean) {
             float thread_sum = 0.f;
-            for_each_vector<TILE>(cols, [&](int i, uint64_t col) {
-                if (!fits) load(i, col);
+            for_each_vector<N>(cols, [&](int i, uint64_t col) {
+                if (!RESIDENT) load_vector_at(i, col);
 #pragma unroll
                 for (int j = 0; j < WIDTH; ++j) thread_sum += v[i][j];
             });
             mean = team_reduce(thread_sum, scratch, Sum()) / float(cols);
         }
         float thread_squares = 0.f;
-        for_each_vector<TILE>(cols, [&](int i, uint64_t col) {
-            if (!fits) load(i, col);
+        for_each_vector<N>(cols, [&](int i, uint64_t col) {
+            if (!RESIDENT) load_vector_at(i, col);
             const int count = count_at(col, cols);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
@@ -61,73 +73,69 @@ struct Statistics {
     }
 };
 
-// Fills the vector from `col` on, with zeros behind the end of the row.
-template <bool VECTOR, typename T>
-__device__ __forceinline__ void load_or_zero(const T* row, uint64_t col, uint64_t cols, float (&x)[WIDTH]) {
-    if (col < cols) {
-        load<VECTOR>(row + col, count_at(col, cols), x);
-    } else {
-#pragma unroll
-        for (int j = 0; j < WIDTH; ++j) x[j] = 0.f;  // tail
-    }
-}
-
-template <bool VECTOR, typename T>
+template <bool VECTOR, bool RESIDENT, typename T>
 __device__ __forceinline__ void dropout_add_norm_fwd(
     const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ bias,
     const T* __restrict__ weight, const T* __restrict__ norm_bias, T* z, T* __restrict__ n, uint64_t rows,
-    uint64_t cols, float eps, uint32_t removes_mean, const MaskArgs& mask) {
-    __shared__ float scratch[MAX_WARPS];
-    const bool fits = cols <= uint64_t(blockDim.x) * TILE * WIDTH;
+    uint64_t cols, float eps, uint32_t removes_mean, const MaskArgs& mask, float* scratch) {
+    constexpr int N = KEPT<RESIDENT>;
     // Teams without a row of their own do the last row again, since reductions need all threads.
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows;
          first += uint64_t(gridDim.x) * blockDim.y) {
         const bool is_mine = first + threadIdx.y < rows;
-        const uint64_t row = is_mine ? first + threadIdx.y : rows - 1;
-        const uint64_t start = row * cols;
-        const uint64_t mask_row = mask.rows.map(row);
+        const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
+        const uint64_t start = r * cols;
+        const uint64_t mask_row = mask.rows.map(r);
+        // A thread reads no element of z but those that it has written itself.
+        Row<VECTOR, RESIDENT, T> row((z ? z : x) + start, cols);
 
         // Steps 1 and 2: the biased branch; its dropout, added to the stream.
-        float v[TILE][WIDTH];
-        for_each_vector<TILE>(cols, [&](int i, uint64_t col) {
-            load_or_zero<VECTOR>(x + start, col, cols, v[i]);
-            if (col >= cols || !z) return;  // tail
+        Fetched<VECTOR, T> branch[N], stream[N];
+        auto fetch = [&](int i, uint64_t col) {
+            if (col >= cols) return;  // tail
+            branch[i].fetch(x + start + col, count_at(col, cols));
+            if (residual) stream[i].fetch(residual + start + col, count_at(col, cols));
+        };
+        for_each_vector<N>(cols, fetch, [&](int i, uint64_t col) {
+            float(&v)[WIDTH] = row.v[i];
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) v[j] = 0.f;
+            if (col >= cols) return;  // tail
+            branch[i].widen(v);
+            if (!z) return;
             const int count = count_at(col, cols);
-            float r[WIDTH] = {};
-            if (residual) load<VECTOR>(residual + start + col, count, r);
             if (bias) {
                 float b[WIDTH];
                 load<VECTOR>(bias + col, count, b);
 #pragma unroll
-                for (int j = 0; j < WIDTH; ++j) v[i][j] = __fadd_rn(v[i][j], b[j]);
+                for (int j = 0; j < WIDTH; ++j) v[j] = __fadd_rn(v[j], b[j]);
             }
+            float s[WIDTH] = {};
+            if (residual) stream[i].widen(s);
             const Draws draws = VECTOR ? draw(mask, mask_row, col) : draw_unaligned(mask, mask_row, col);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                const float branch = __fmul_rn(v[i][j], mask.scale);
-                const float kept = residual ? __fadd_rn(r[j], branch) : branch;
-                v[i][j] = rounded<T>(keeps(mask, draws[j]) ? kept : r[j]);
+                const float scaled = __fmul_rn(v[j], mask.scale);
+                const float kept = residual ? __fadd_rn(s[j], scaled) : scaled;
+                v[j] = rounded<T>(keeps(mask, draws[j]) ? kept : s[j]);
             }
-            if (is_mine) store<VECTOR>(z + start + col, count, v[i]);
+            if (is_mine) store<VECTOR>(z + start + col, count, v);
         });
 
-        // Step 3: statistics and norm. A thread reads no element of z but those that it has written.
-        const T* stream = z ? z : x;
-        auto reload = [&](int i, uint64_t col) {
-            load_or_zero<VECTOR>(stream + start, col, cols, v[i]);
-        };
-        const Statistics row_is(v, fits, cols, eps, removes_mean, scratch, reload);
-        if (!is_mine) continue;  // tail
-        for_each_vector<TILE>(cols, [&](int i, uint64_t col) {
+        // Step 3: statistics and norm.
+        row.take_statistics(eps, removes_mean, scratch);
+        if (!is_mine) continue;
+        for_each_vector<N>(cols, [&](int i, uint64_t col) {
             if (col >= cols) return;  // tail
-            if (!fits) reload(i, col);
+            if (!RESIDENT) row.load_vector_at(i, col);
             const int count = count_at(col, cols);
             float w[WIDTH], b[WIDTH] = {};
             load<VECTOR>(weight + col, count, w);
             if (norm_bias) load<VECTOR>(norm_bias + col, count, b);
+            float(&v)[WIDTH] = row.v[i];
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) v[i][j] = (v[i][j] - row_is.mean) * row_is.rstd * w[j] + b[j];
-            store<VECTOR>(n + start + col, count, v[i]);
+            for (int j = 0; j < WIDTH; ++j) v[j] = (v[j] - row.mean) * row.rstd * w[j] + b[j];
+            store<VECTOR>(n + start + col, count, v);
         });
     }
 }
@@ -136,12 +144,11 @@ constexpr int THREADS = 256;
 
 // The sums that the threads of a block have of their columns, as one row of `total`. The block has taken its
 // rows in teams of blockDim.x lanes; `partial` is free for use again on return.
-template <bool VECTOR>
 __device__ __forceinline__ void store_block_sums(const float (&sum)[TILE][WIDTH], float* partial,
                                                  float* __restrict__ total, uint64_t cols) {
     if (blockDim.y == 1) {
         for_each_vector<TILE>(cols, [&](int i, uint64_t col) {
-            store<VECTOR>(total + col, count_at(col, cols), sum[i]);  // tail: nothing if it counts 0
+            store<false>(total + col, count_at(col, cols), sum[i]);  // tail
         });
         return;
     }
@@ -166,124 +173,162 @@ __device__ __forceinline__ void store_block_sums(const float (&sum)[TILE][WIDTH]
 }
 
 // sums [2, gridDim.x, cols]: the column sums of each block, of dweight and of dnorm_bias.
-template <bool VECTOR, typename T>
+template <bool VECTOR, bool RESIDENT, typename T>
 __device__ __forceinline__ void dropout_add_norm_bwd(const T* __restrict__ z, const T* __restrict__ weight,
                                                      const T* __restrict__ dn, T* __restrict__ dz,
                                                      float* __restrict__ sums, uint64_t rows, uint64_t cols,
                                                      float eps, uint32_t removes_mean, float* scratch,
                                                      float* partial) {
+    constexpr int N = KEPT<RESIDENT>;
     float* dweight = sums + blockIdx.x * cols;
     float* dnorm_bias = sums + (uint64_t(gridDim.x) + blockIdx.x) * cols;
-    const bool fits = cols <= uint64_t(blockDim.x) * TILE * WIDTH;
-    if (!fits) {
-        for_each_vector<TILE>(cols, [&](int, uint64_t col) {
-            for (int j = 0; j < count_at(col, cols); ++j) dweight[col + j] = dnorm_bias[col + j] = 0.f;
+    float dweight_sum[N][WIDTH] = {}, dnorm_bias_sum[N][WIDTH] = {};
+    if (!RESIDENT) {
+        for_each_vector<N>(cols, [&](int i, uint64_t col) {
+            store<false>(dweight + col, count_at(col, cols), dweight_sum[i]);
+            store<false>(dnorm_bias + col, count_at(col, cols), dnorm_bias_sum[i]);
         });
     }
-    float dweight_sum[TILE][WIDTH] = {}, dnorm_bias_sum[TILE][WIDTH] = {};
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows;
          first += uint64_t(gridDim.x) * blockDim.y) {
         const bool is_mine = first + threadIdx.y < rows;
-        const uint64_t row = is_mine ? first + threadIdx.y : rows - 1;
-        const uint64_t start = row * cols;
+        const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
+        const uint64_t start = r * cols;
 
         // Step 1: the statistics, as forward took them.
-        float h[TILE][WIDTH], g[TILE][WIDTH];
-        auto load_z = [&](int i, uint64_t col) { load_or_zero<VECTOR>(z + start, col, cols, h[i]); };
-        for_each_vector<TILE>(cols, [&](int i, uint64_t col) {
-            load_z(i, col);
-            load_or_zero<VECTOR>(dn + start, col, cols, g[i]);
-        });
-        const Statistics row_is(h, fits, cols, eps, removes_mean, scratch, load_z);
-
-        // Step 2: h, g and the sums over rows. Behind the end of the row g is 0, whatever h is.
-        auto normalise = [&](int i, uint64_t col) {
-#pragma unroll
-            for (int j = 0; j < WIDTH; ++j) h[i][j] = (h[i][j] - row_is.mean) * row_is.rstd;
-            float w[WIDTH];
-            load_or_zero<VECTOR>(weight, col, cols, w);
-#pragma unroll
-            for (int j = 0; j < WIDTH; ++j) g[i][j] *= w[j];
+        Row<VECTOR, RESIDENT, T> row(z + start, cols);
+        Fetched<VECTOR, T> fetched[N];
+        auto fetch = [&](int i, uint64_t col) {
+            if (col < cols) fetched[i].fetch(dn + start + col, count_at(col, cols));  // tail
         };
+        if (RESIDENT) {
+            for_each_vector<N>(cols, [&](int i, uint64_t col) {
+                row.load_vector_at(i, col);
+                fetch(i, col);
+            });
+        }
+        row.take_statistics(eps, removes_mean, scratch);
+
+        // Step 2: h = (z - mean) * rstd in place of z; the sums over rows.
         float thread_g = 0.f, thread_gh = 0.f;
-        for_each_vector<TILE>(cols, [&](int i, uint64_t col) {
-            if (!fits) {
-                load_z(i, col);
-                load_or_zero<VECTOR>(dn + start, col, cols, g[i]);
+        auto load_d_and_g = [&](int i, uint64_t col, float (&d)[WIDTH], float (&g)[WIDTH]) {
+            const int count = count_at(col, cols);
+            if (!RESIDENT) {
+                row.load_vector_at(i, col);
+                fetch(i, col);
             }
-            float d[WIDTH];
+            fetched[i].widen(d);
+            load<VECTOR>(weight + col, count, g);
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) d[j] = g[i][j];
-            normalise(i, col);
+            for (int j = 0; j < WIDTH; ++j) g[j] *= d[j];
+        };
+        for_each_vector<N>(cols, [&](int i, uint64_t col) {
+            if (col >= cols) return;  // tail
+            float d[WIDTH], g[WIDTH];
+            load_d_and_g(i, col, d, g);
+            const int count = count_at(col, cols);
+            if (!RESIDENT) {
+                load<false>(dweight + col, count, dweight_sum[i]);
+                load<false>(dnorm_bias + col, count, dnorm_bias_sum[i]);
+            }
+            float(&h)[WIDTH] = row.v[i];
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                if (fits && is_mine) {
-                    dweight_sum[i][j] += d[j] * h[i][j];
+                h[j] = (h[j] - row.mean) * row.rstd;
+                if (is_mine) {
+                    dweight_sum[i][j] += d[j] * h[j];
                     dnorm_bias_sum[i][j] += d[j];
-                } else if (!fits && j < count_at(col, cols)) {
-                    dweight[col + j] += d[j] * h[i][j];
-                    dnorm_bias[col + j] += d[j];
                 }
-                thread_g += g[i][j];
-                thread_gh += g[i][j] * h[i][j];
+                thread_g += g[j];
+                thread_gh += g[j] * h[j];
+            }
+            if (!RESIDENT) {
+                store<false>(dweight + col, count, dweight_sum[i]);
+                store<false>(dnorm_bias + col, count, dnorm_bias_sum[i]);
             }
         });
 
         // Step 3: the sums over columns.
         const float mean_g = removes_mean ? team_reduce(thread_g, scratch, Sum()) / float(cols) : 0.f;
         const float mean_gh = team_reduce(thread_gh, scratch, Sum()) / float(cols);
-        if (!is_mine) continue;  // tail
+        if (!is_mine) continue;
 
         // Step 4: the gradient.
-        for_each_vector<TILE>(cols, [&](int i, uint64_t col) {
+        for_each_vector<N>(cols, [&](int i, uint64_t col) {
             if (col >= cols) return;  // tail
-            if (!fits) {
-                load_z(i, col);
-                load_or_zero<VECTOR>(dn + start, col, cols, g[i]);
-                normalise(i, col);
-            }
+            float d[WIDTH], g[WIDTH];
+            load_d_and_g(i, col, d, g);
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) g[i][j] = (g[i][j] - mean_g - h[i][j] * mean_gh) * row_is.rstd;
-            store<VECTOR>(dz + start + col, count_at(col, cols), g[i]);
+            for (int j = 0; j < WIDTH; ++j) {
+                const float h = RESIDENT ? row.v[i][j] : (row.v[i][j] - row.mean) * row.rstd;
+                g[j] = (g[j] - mean_g - h * mean_gh) * row.rstd;
+            }
+            store<VECTOR>(dz + start + col, count_at(col, cols), g);
         });
     }
-    if (fits) {
-        store_block_sums<false>(dweight_sum, partial, dweight, cols);
-        store_block_sums<false>(dnorm_bias_sum, partial, dnorm_bias, cols);
+    if constexpr (RESIDENT) {
+        store_block_sums(dweight_sum, partial, dweight, cols);
+        store_block_sums(dnorm_bias_sum, partial, dnorm_bias, cols);
     }
 }
 
-#define DROPOUT_ADD_NORM(SUFFIX, T)                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) dropout_add_norm_fwd_##SUFFIX(                \
-        const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ bias,               \
-        const T* __restrict__ weight, const T* __restrict__ norm_bias, T* z, T* __restrict__ n,            \
-        uint64_t rows, uint64_t cols, float eps, uint32_t removes_mean, MaskArgs mask) {                   \
-        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(x) && is_aligned(residual) &&       \
-            is_aligned(bias) && is_aligned(weight) && is_aligned(norm_bias) && is_aligned(z) &&            \
-            is_aligned(n)) {                                                                               \
-            dropout_add_norm_fwd<true>(x, residual, bias, weight, norm_bias, z, n, rows, cols, eps,        \
-                                       removes_mean, mask);                                                \
-        } else {                                                                                           \
-            dropout_add_norm_fwd<false>(x, residual, bias, weight, norm_bias, z, n, rows, cols, eps,       \
-                                        removes_mean, mask);                                               \
-        }                                                                                                  \
-    }                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) dropout_add_norm_bwd_##SUFFIX(                \
-        const T* __restrict__ z, const T* __restrict__ weight, const T* __restrict__ dn,                   \
-        T* __restrict__ dz, float* __restrict__ sums, uint64_t rows, uint64_t cols, float eps,             \
-        uint32_t removes_mean) {                                                                           \
-        __shared__ float scratch[MAX_WARPS];                                                               \
-        __shared__ float partial[THREADS * TILE * WIDTH];                                                  \
-        if (cols % WIDTH == 0 && is_aligned(z) && is_aligned(weight) && is_aligned(dn) &&                  \
-            is_aligned(dz)) {                                                                              \
-            dropout_add_norm_bwd<true>(z, weight, dn, dz, sums, rows, cols, eps, removes_mean, scratch,    \
-                                       partial);                                                           \
-        } else {                                                                                           \
-            dropout_add_norm_bwd<false>(z, weight, dn, dz, sums, rows, cols, eps, removes_mean, scratch,   \
-                                        partial);                                                          \
-        }                                                                                                  \
+__device__ __forceinline__ bool fits_in_registers(uint64_t cols) {
+    return cols <= uint64_t(blockDim.x) * TILE * WIDTH;
+}
+
+// What the rows of f32 occupy leaves room for one block.
+template <typename T>
+constexpr int MIN_BLOCKS = sizeof(T) == 2 ? 2 : 1;
+
+#define DROPOUT_ADD_NORM_FWD(SUFFIX, T)                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T>)                         \
+    dropout_add_norm_fwd_##SUFFIX(                                                                    \
+        const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ bias,          \
+        const T* __restrict__ weight, const T* __restrict__ norm_bias, T* z, T* __restrict__ n,       \
+        uint64_t rows, uint64_t cols, float eps, uint32_t removes_mean, MaskArgs mask) {              \
+        __shared__ float scratch[MAX_WARPS];                                                          \
+        if (cols % WIDTH != 0 || mask.col_0 % WIDTH != 0 || !is_aligned(x) ||                         \
+            !is_aligned(residual) || !is_aligned(bias) || !is_aligned(weight) ||                      \
+            !is_aligned(norm_bias) || !is_aligned(z) || !is_aligned(n)) {                             \
+            dropout_add_norm_fwd<false, false>(x, residual, bias, weight, norm_bias, z, n, rows,      \
+                                               cols, eps, removes_mean, mask, scratch);               \
+        } else if (!fits_in_registers(cols)) {                                                        \
+            dropout_add_norm_fwd<true, false>(x, residual, bias, weight, norm_bias, z, n, rows, cols, \
+                                              eps, removes_mean, mask, scratch);                      \
+        } else {                                                                                      \
+            dropout_add_norm_fwd<true, true>(x, residual, bias, weight, norm_bias, z, n, rows, cols,  \
+                                             eps, removes_mean, mask, scratch);                       \
+        }                                                                                             \
     }
-FOR_EACH_DTYPE(DROPOUT_ADD_NORM)
+FOR_EACH_DTYPE(DROPOUT_ADD_NORM_FWD)
+
+// The sums of rows that do not fit lie in memory, which only a team that is alone in its block may write:
+// shorter rows are resident, aligned or not.
+#define DROPOUT_ADD_NORM_BWD(SUFFIX, T)                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) dropout_add_norm_bwd_##SUFFIX(           \
+        const T* __restrict__ z, const T* __restrict__ weight, const T* __restrict__ dn,              \
+        T* __restrict__ dz, float* __restrict__ sums, uint64_t rows, uint64_t cols, float eps,        \
+        uint32_t removes_mean) {                                                                      \
+        __shared__ float scratch[MAX_WARPS];                                                          \
+        __shared__ float partial[THREADS * TILE * WIDTH];                                             \
+        const bool is_vector = cols % WIDTH == 0 && is_aligned(z) && is_aligned(weight) &&            \
+                               is_aligned(dn) && is_aligned(dz);                                      \
+        const bool is_resident = fits_in_registers(cols);                                             \
+        if (is_vector && is_resident) {                                                               \
+            dropout_add_norm_bwd<true, true>(z, weight, dn, dz, sums, rows, cols, eps, removes_mean,  \
+                                             scratch, partial);                                       \
+        } else if (is_vector) {                                                                       \
+            dropout_add_norm_bwd<true, false>(z, weight, dn, dz, sums, rows, cols, eps, removes_mean, \
+                                              scratch, partial);                                      \
+        } else if (is_resident) {                                                                     \
+            dropout_add_norm_bwd<false, true>(z, weight, dn, dz, sums, rows, cols, eps, removes_mean, \
+                                              scratch, partial);                                      \
+        } else {                                                                                      \
+            dropout_add_norm_bwd<false, false>(z, weight, dn, dz, sums, rows, cols, eps,              \
+                                               removes_mean, scratch, partial);                       \
+        }                                                                                             \
+    }
+FOR_EACH_DTYPE(DROPOUT_ADD_NORM_BWD)
 
 // Block (LANES columns, TEAMS threads that share a column), grid (column blocks, 2): adds up the sums
 // [2, blocks, cols] of the first kernel, row 0 of the grid those of dweight, row 1 those of dnorm_bias.

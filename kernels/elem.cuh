@@ -52,47 +52,75 @@ __device__ __forceinline__ bool is_aligned(const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-__device__ __forceinline__ void load_vector(const float* from, float (&x)[WIDTH]) {
-    const float4 low = reinterpret_cast<const float4*>(from)[0];
-    const float4 high = reinterpret_cast<const float4*>(from)[1];
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-}
+// Up to 8 elements of a row as they come from memory. Widened only when they are needed, they occupy half
+// the registers until then, so that several loads can be in flight.
+// VECTOR: all 8, from a 16-byte boundary. Otherwise one by one, the first `count` of them.
+template <bool VECTOR, typename T>
+struct Fetched {
+    float x[WIDTH];
+
+    __device__ __forceinline__ void fetch(const T* from, int count) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) x[i] = i < count ? ::widen(from[i]) : 0.f;  // tail
+    }
+    __device__ __forceinline__ void widen(float (&to)[WIDTH]) const {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) to[i] = x[i];
+    }
+};
+
+template <>
+struct Fetched<true, float> {
+    float4 low, high;
+
+    __device__ __forceinline__ void fetch(const float* from, int) {
+        low = reinterpret_cast<const float4*>(from)[0];
+        high = reinterpret_cast<const float4*>(from)[1];
+    }
+    __device__ __forceinline__ void widen(float (&to)[WIDTH]) const {
+        to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+        to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+    }
+};
 
 template <typename Half>
-__device__ __forceinline__ void load_vector(const Half* from, float (&x)[WIDTH]) {
-    const uint4 words = *reinterpret_cast<const uint4*>(from);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack(word[i], Half());
-        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+struct Fetched<true, Half> {
+    uint4 words;
+
+    __device__ __forceinline__ void fetch(const Half* from, int) {
+        words = *reinterpret_cast<const uint4*>(from);
     }
+    __device__ __forceinline__ void widen(float (&to)[WIDTH]) const {
+        const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = unpack(word[i], Half());
+            to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
+        }
+    }
+};
+
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void load(const T* from, int count, float (&x)[WIDTH]) {
+    Fetched<VECTOR, T> fetched;
+    fetched.fetch(from, count);
+    fetched.widen(x);
 }
 
+// __stwb is an ordinary store that the compiler does not split.
 __device__ __forceinline__ void store_vector(float* to, const float (&x)[WIDTH]) {
-    reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
-    reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+    __stwb(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+    __stwb(reinterpret_cast<float4*>(to) + 1, make_float4(x[4], x[5], x[6], x[7]));
 }
 
 template <typename Half>
 __device__ __forceinline__ void store_vector(Half* to, const float (&x)[WIDTH]) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(pack(x[0], x[1], Half()), pack(x[2], x[3], Half()),
-                                               pack(x[4], x[5], Half()), pack(x[6], x[7], Half()));
+    __stwb(reinterpret_cast<uint4*>(to),
+           make_uint4(pack(x[0], x[1], Half()), pack(x[2], x[3], Half()), pack(x[4], x[5], Half()),
+                      pack(x[6], x[7], Half())));
 }
 
-// Loads and stores up to 8 elements of a row. VECTOR: all 8, from a 16-byte boundary. Otherwise one by
-// one, the first `count` of them.
-template <bool VECTOR, typename T>
-__device__ __forceinline__ void load(const T* from, int count, float (&x)[WIDTH]) {
-    if constexpr (VECTOR) {
-        load_vector(from, x);
-    } else {
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) x[i] = i < count ? widen(from[i]) : 0.f;  // tail
-    }
-}
-
+// Stores up to 8 elements of a row, under the conditions of Fetched.
 template <bool VECTOR, typename T>
 __device__ __forceinline__ void store(T* to, int count, const float (&x)[WIDTH]) {
     if constexpr (VECTOR) {
@@ -130,12 +158,29 @@ constexpr int TILE = 4;
 template <bool VECTOR>
 constexpr int TILE_OF = VECTOR ? TILE : 1;
 
-// The walk of a thread over the row that its team has taken: calls body(i, col) for its N vectors of each
-// stretch of blockDim.x * N vectors. In a row that is no longer than one stretch, i names the vector.
+// Vectors of its row that a thread keeps: all of them, or one at a time.
+template <bool RESIDENT>
+constexpr int KEPT = RESIDENT ? TILE : 1;
+
+// The walk of a thread over the row that its team has taken: calls body(i, col) for its vectors, i < N, of
+// each stretch of blockDim.x * N vectors.
 template <int N, typename Body>
 __device__ __forceinline__ void for_each_vector(uint64_t cols, Body body) {
     const uint64_t step = uint64_t(blockDim.x) * WIDTH;
     for (uint64_t start = threadIdx.x * WIDTH; start < cols; start += N * step) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) body(i, start + i * step);
+    }
+}
+
+// The same, with fetch(i, col) for all vectors of a stretch before body(i, col) for any, so that the loads
+// are in flight together.
+template <int N, typename Fetch, typename Body>
+__device__ __forceinline__ void for_each_vector(uint64_t cols, Fetch fetch, Body body) {
+    const uint64_t step = uint64_t(blockDim.x) * WIDTH;
+    for (uint64_t start = threadIdx.x * WIDTH; start < cols; start += N * step) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) fetch(i, start + i * step);
 #pragma unroll
         for (int i = 0; i < N; ++i) body(i, start + i * step);
     }

@@ -15,14 +15,10 @@
 // A mask over a tensor of known shape, as src/mask/args.rs fills it in.
 struct MaskArgs {
     uint32_t key[2];
-    uint32_t threshold;  // 0 drops everything, 65536 keeps everything: neither needs a draw
+    uint32_t threshold;  // 0 drops everything, 65536 keeps everything
     float scale;
     uint64_t col_0;  // column of the whole mask at which the tensor begins
     RowMap rows;     // row of the whole mask for a row of the tensor
-
-    __device__ __forceinline__ bool is_drawn() const {
-        return threshold != 0 && threshold != 65536;
-    }
 };
 
 // The 16-bit draws of 8 neighbouring columns, two to a word.
@@ -52,10 +48,9 @@ __device__ __forceinline__ Draws philox(const uint32_t (&key)[2], uint64_t row, 
     return {{c0, c1, c2, c3}};
 }
 
-// The draws of the tensor's columns col .. col + 8; `mask_row` comes from mask.rows.map(row).
-// Where nothing is drawn the draws are 0, which gives the right answer at both ends of the threshold.
+// The draws of the tensor's columns col .. col + 8; `mask_row` comes from mask.rows.map(row). At both
+// ends of the threshold they are drawn in vain, in the shadow of the memory accesses.
 __device__ __forceinline__ Draws draw(const MaskArgs& mask, uint64_t mask_row, uint64_t col) {
-    if (!mask.is_drawn()) return {{0, 0, 0, 0}};
     return philox(mask.key, mask_row, uint32_t((mask.col_0 + col) / 8));
 }
 

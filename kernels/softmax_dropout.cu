@@ -9,10 +9,10 @@
 // visible key gives zeros.
 // Bytes moved an element: forward one read, one write; backward two reads, one write.
 // A team of blockDim.x threads (a power of two, 4 to 256) takes a row; threadIdx.y counts the teams of a
-// block, the grid strides over the rows. A thread keeps TILE vectors of its row in registers; a row
-// longer than 256 * TILE * 8 = 8192 keys is read again for each step instead, mostly from L2.
-// Vectors of 16 bytes where rows begin at such boundaries and the drop mask at a multiple of 8 columns,
-// else element by element.
+// block, the grid strides over the rows. A thread keeps TILE vectors of its row in registers; a row of
+// more than 256 * TILE * 8 = 8192 keys is read again for each step instead, mostly from L2.
+// Vectors of 16 bytes where rows begin at such boundaries and the drop mask at a multiple of 8 columns;
+// else element by element, and again for each step, since such rows are rare and code is not free.
 #include "elem.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"
@@ -22,8 +22,8 @@ struct ScoreArgs {
     uint64_t queries;
     RowMap additive_rows;    // row of the additive mask for a row of the scores
     uint64_t additive_cols;  // as many as there are keys, or 1 if it is broadcast over them
-    float scale;
-    float grad_scale;
+    double scale;            // rounded to f32 once, in a register that all threads share
+    double grad_scale;
     uint32_t causal;  // 1: query i sees the keys up to i + keys - queries
     uint32_t padding;
 
@@ -57,7 +57,7 @@ struct Row {
           additive_step(args.additive_cols == 1 ? 0 : 1),
           keys(keys),
           visible(args.visible(row, keys)),
-          scale(args.scale) {}
+          scale(float(args.scale)) {}
 
     // Softmax inputs of the 8 keys from `key` on; -inf where a key is masked or does not exist.
     __device__ __forceinline__ void load_inputs(uint64_t key, float (&t)[WIDTH]) const {
@@ -81,20 +81,20 @@ struct Row {
     }
 };
 
-// What the steps of a row share: its softmax inputs, then their exponentials, in registers if they fit.
-template <bool VECTOR, typename T>
+// What the steps of a row share: its softmax inputs, then their exponentials. RESIDENT: the row has one
+// stretch, which stays in registers.
+template <bool VECTOR, bool RESIDENT, typename T>
 struct Softmax {
+    static constexpr int N = KEPT<RESIDENT>;
     const Row<VECTOR, T>& row;
-    bool fits;
     float max;
     float normaliser;
-    float t[TILE][WIDTH];
+    float t[N][WIDTH];
 
     // Steps 1 and 2: the maximum, then the sum of the exponentials. All threads of the block call it.
-    __device__ __forceinline__ Softmax(const Row<VECTOR, T>& row, float* scratch)
-        : row(row), fits(row.keys <= uint64_t(blockDim.x) * TILE * WIDTH) {
+    __device__ __forceinline__ Softmax(const Row<VECTOR, T>& row, float* scratch) : row(row) {
         float thread_max = -INFINITY;
-        for_each_vector<TILE>(row.keys, [&](int i, uint64_t key) {
+        for_each_vector<N>(row.keys, [&](int i, uint64_t key) {
             row.load_inputs(key, t[i]);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) thread_max = fmaxf(thread_max, t[i][j]);
@@ -104,8 +104,8 @@ struct Softmax {
         if (max == -INFINITY) max = 0.f;
 
         float thread_sum = 0.f;
-        for_each_vector<TILE>(row.keys, [&](int i, uint64_t key) {
-            if (!fits) row.load_inputs(key, t[i]);
+        for_each_vector<N>(row.keys, [&](int i, uint64_t key) {
+            if (!RESIDENT) row.load_inputs(key, t[i]);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
                 t[i][j] = exponential<T>(t[i][j] - max);
@@ -118,7 +118,7 @@ struct Softmax {
 
     // The exponentials of the thread's vector i, which begins at `key`.
     __device__ __forceinline__ float (&exponentials(int i, uint64_t key))[WIDTH] {
-        if (!fits) {
+        if (!RESIDENT) {
             row.load_inputs(key, t[i]);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) t[i][j] = exponential<T>(t[i][j] - max);
@@ -127,24 +127,24 @@ struct Softmax {
     }
 };
 
-template <bool VECTOR, typename T>
+template <bool VECTOR, bool RESIDENT, typename T>
 __device__ __forceinline__ void softmax_dropout_fwd(const T* __restrict__ scores,
                                                     const T* __restrict__ additive, T* __restrict__ y,
                                                     uint64_t rows, uint64_t keys, const ScoreArgs& args,
-                                                    const MaskArgs& drop) {
-    __shared__ float scratch[MAX_WARPS];
+                                                    const MaskArgs& drop, float* scratch) {
+    constexpr int N = KEPT<RESIDENT>;
     // Teams without a row of their own do the last row again, since reductions need all threads.
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows;
          first += uint64_t(gridDim.x) * blockDim.y) {
         const bool is_mine = first + threadIdx.y < rows;
         const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
         const Row<VECTOR, T> row(scores, additive, args, r, keys);
-        Softmax<VECTOR, T> softmax(row, scratch);
-        if (!is_mine) continue;  // tail
+        Softmax<VECTOR, RESIDENT, T> softmax(row, scratch);
+        if (!is_mine) continue;
 
         const float scale = softmax.normaliser * drop.scale;
         const uint64_t mask_row = drop.rows.map(r);
-        for_each_vector<TILE>(keys, [&](int i, uint64_t key) {
+        for_each_vector<N>(keys, [&](int i, uint64_t key) {
             if (key >= keys) return;  // tail
             float(&e)[WIDTH] = softmax.exponentials(i, key);
             const Draws draws = VECTOR ? draw(drop, mask_row, key) : draw_unaligned(drop, mask_row, key);
@@ -155,23 +155,23 @@ __device__ __forceinline__ void softmax_dropout_fwd(const T* __restrict__ scores
     }
 }
 
-template <bool VECTOR, typename T>
+template <bool VECTOR, bool RESIDENT, typename T>
 __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores,
                                                     const T* __restrict__ additive,
                                                     const T* __restrict__ dy, T* __restrict__ dscores,
                                                     uint64_t rows, uint64_t keys, const ScoreArgs& args,
-                                                    const MaskArgs& drop) {
-    __shared__ float scratch[MAX_WARPS];
+                                                    const MaskArgs& drop, float* scratch) {
+    constexpr int N = KEPT<RESIDENT>;
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows;
          first += uint64_t(gridDim.x) * blockDim.y) {
         const bool is_mine = first + threadIdx.y < rows;
         const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
         const Row<VECTOR, T> row(scores, additive, args, r, keys);
-        Softmax<VECTOR, T> softmax(row, scratch);
+        Softmax<VECTOR, RESIDENT, T> softmax(row, scratch);
 
         // Step 3: dP and its product with P.
         const uint64_t mask_row = drop.rows.map(r);
-        float dp[TILE][WIDTH];
+        float dp[N][WIDTH];
         auto load_dp = [&](int i, uint64_t key) {
             const int count = count_at(key, keys);
 #pragma unroll
@@ -185,21 +185,21 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
             }
         };
         float thread_dot = 0.f;
-        for_each_vector<TILE>(keys, [&](int i, uint64_t key) {
+        for_each_vector<N>(keys, [&](int i, uint64_t key) {
             const float(&e)[WIDTH] = softmax.exponentials(i, key);
             load_dp(i, key);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) thread_dot += e[j] * dp[i][j];
         });
         const float dot = team_reduce(thread_dot, scratch, Sum()) * softmax.normaliser;
-        if (!is_mine) continue;  // tail
+        if (!is_mine) continue;
 
         // Step 4: the gradient.
-        const float scale = softmax.normaliser * args.grad_scale;
-        for_each_vector<TILE>(keys, [&](int i, uint64_t key) {
+        const float scale = softmax.normaliser * float(args.grad_scale);
+        for_each_vector<N>(keys, [&](int i, uint64_t key) {
             if (key >= keys) return;  // tail
             float(&e)[WIDTH] = softmax.exponentials(i, key);
-            if (!softmax.fits) load_dp(i, key);
+            if (!RESIDENT) load_dp(i, key);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) e[j] = e[j] * (dp[i][j] - dot) * scale;
             store<VECTOR>(dscores + r * keys + key, count_at(key, keys), e);
@@ -214,23 +214,36 @@ __device__ __forceinline__ bool can_use_vectors(const T* scores, const T* additi
            is_aligned(y);
 }
 
+__device__ __forceinline__ bool fits_in_registers(uint64_t keys) {
+    return keys <= uint64_t(blockDim.x) * TILE * WIDTH;
+}
+
 #define SOFTMAX_DROPOUT(SUFFIX, T)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, 3) softmax_dropout_fwd_##SUFFIX(                   \
+    extern "C" __global__ void __launch_bounds__(256, 2) softmax_dropout_fwd_##SUFFIX(                \
         const T* __restrict__ scores, const T* __restrict__ additive, T* __restrict__ y,              \
         uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) {                                \
-        if (can_use_vectors(scores, additive, y, keys, drop)) {                                       \
-            softmax_dropout_fwd<true>(scores, additive, y, rows, keys, args, drop);                   \
+        __shared__ float scratch[MAX_WARPS];                                                          \
+        if (!can_use_vectors(scores, additive, y, keys, drop)) {                                      \
+            softmax_dropout_fwd<false, false>(scores, additive, y, rows, keys, args, drop, scratch);  \
+        } else if (!fits_in_registers(keys)) {                                                        \
+            softmax_dropout_fwd<true, false>(scores, additive, y, rows, keys, args, drop, scratch);   \
         } else {                                                                                      \
-            softmax_dropout_fwd<false>(scores, additive, y, rows, keys, args, drop);                  \
+            softmax_dropout_fwd<true, true>(scores, additive, y, rows, keys, args, drop, scratch);    \
         }                                                                                             \
     }                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256, 2) softmax_dropout_bwd_##SUFFIX(                   \
+    extern "C" __global__ void __launch_bounds__(256, 2) softmax_dropout_bwd_##SUFFIX(                \
         const T* __restrict__ scores, const T* __restrict__ additive, const T* __restrict__ dy,       \
         T* __restrict__ dscores, uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) {       \
-        if (can_use_vectors(scores, additive, dscores, keys, drop) && is_aligned(dy)) {               \
-            softmax_dropout_bwd<true>(scores, additive, dy, dscores, rows, keys, args, drop);         \
+        __shared__ float scratch[MAX_WARPS];                                                          \
+        if (!can_use_vectors(scores, additive, dscores, keys, drop) || !is_aligned(dy)) {             \
+            softmax_dropout_bwd<false, false>(scores, additive, dy, dscores, rows, keys, args, drop,  \
+                                              scratch);                                               \
+        } else if (!fits_in_registers(keys)) {                                                        \
+            softmax_dropout_bwd<true, false>(scores, additive, dy, dscores, rows, keys, args, drop,   \
+                                             scratch);                                                \
         } else {                                                                                      \
-            softmax_dropout_bwd<false>(scores, additive, dy, dscores, rows, keys, args, drop);        \
+            softmax_dropout_bwd<true, true>(scores, additive, dy, dscores, rows, keys, args, drop,    \
+                                            scratch);                                                 \
         }                                                                                             \
     }
 FOR_EACH_DTYPE(SOFTMAX_DROPOUT)

@@ -57,7 +57,7 @@ macro_rules! element {
 
 element!(f32, f32, 0., |x| x, |x| x);
 element!(f64, f64, 0., |x| x, |x| x);
-element!(f16, f32, f16::ZERO, f16::to_f32, f16::from_f32);
+element!(f16, f32, f16::ZERO, widen_f16, round_to_f16);
 element!(bf16, f32, bf16::ZERO, widen_bf16, round_to_bf16);
 
 /// Runs `$body` with `$E` bound to the element type of a storage on the CPU.
@@ -165,6 +165,38 @@ pub(crate) fn rows_cols(dims: &[usize]) -> (usize, usize) {
     (leading.iter().product(), cols)
 }
 
+/// By bits and one exact product, which also normalises subnormals: loops over it vectorise, while
+/// those over `f16::to_f32` ask for the instruction set at every element. NaN becomes quiet.
+#[inline(always)]
+fn widen_f16(x: f16) -> f32 {
+    const TWO_TO_112: f32 = f32::from_bits((127 + 112) << 23);
+    let bits = u32::from(x.to_bits());
+    let shifted = (bits & 0x7fff) << 13;
+    let finite = (f32::from_bits(shifted) * TWO_TO_112).to_bits();
+    let quiet = if shifted > 0x0f80_0000 { 0x0040_0000 } else { 0 };
+    let magnitude = if shifted >= 0x0f80_0000 { 0x7f80_0000 | shifted | quiet } else { finite };
+    f32::from_bits((bits & 0x8000) << 16 | magnitude)
+}
+
+/// Round to nearest even without a branch: below 2^-14 an addition rounds to the fixed step of
+/// subnormals. NaN stays NaN.
+#[inline(always)]
+fn round_to_f16(x: f32) -> f16 {
+    const SUBNORMAL_STEP: f32 = 0.5; // 2^-24, the step, times 2^23
+    let bits = x.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    let subnormal = (f32::from_bits(magnitude) + SUBNORMAL_STEP)
+        .to_bits()
+        .wrapping_sub(SUBNORMAL_STEP.to_bits());
+    let odd = (magnitude >> 13) & 1;
+    let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
+    let quiet_nan = 0x7e00 | (magnitude >> 13) & 0x3ff;
+    let finite = if magnitude < 113 << 23 { subnormal } else { normal };
+    let large = if magnitude > 0x7f80_0000 { quiet_nan } else { 0x7c00 };
+    let rounded = if magnitude >= (127 + 16) << 23 { large } else { finite };
+    f16::from_bits(((bits >> 16) & 0x8000 | rounded) as u16)
+}
+
 #[inline(always)]
 fn widen_bf16(x: bf16) -> f32 {
     f32::from_bits(u32::from(x.to_bits()) << 16)
@@ -265,6 +297,21 @@ mod tests {
             worst = worst.max((f64::from(x.exp_of_nonpositive()) - exact).abs() / ulp);
         }
         assert!(worst <= 2., "{worst} units in the last place");
+    }
+
+    #[test]
+    fn f16_converts_as_the_half_crate_does() {
+        for bits in 0..=u16::MAX {
+            let x = f16::from_bits(bits);
+            assert_eq!(widen_f16(x).to_bits(), x.to_f32().to_bits(), "{bits:x}");
+        }
+        // Every value of the high half, so every exponent, around the ties of each rounding.
+        for high in 0..=u16::MAX {
+            for low in [0u32, 1, 0xfff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x8000, 0xf000, 0xffff] {
+                let x = f32::from_bits(u32::from(high) << 16 | low);
+                assert_eq!(round_to_f16(x).to_bits(), f16::from_f32(x).to_bits(), "{x:e}");
+            }
+        }
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Seeded parameter initialisation.
 //!
-//! Candle's CPU generator cannot be seeded, and its other generators hand out numbers in the order in which parameters
-//! happen to be created. Here every parameter owns a stream of its own, chosen by (seed, parameter name): two models
-//! built from one seed start from equal weights on every device, in whatever order they create them, and adding a
-//! layer changes no other layer's weights.
+//! Candle's CPU generator cannot be seeded, and its other generators hand out numbers in the order
+//! in which parameters happen to be created. Here every parameter owns a stream of its own, chosen
+//! by (seed, parameter name): two models built from one seed start from equal weights on every
+//! device, in whatever order they create them, and adding a layer changes no other layer's weights.
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::init::NormalOrUniform;
@@ -12,15 +12,16 @@ use candle_nn::{Init, VarBuilder, VarMap};
 use rand::RngCore;
 use rand_distr::{Distribution, StandardNormal, StandardUniform};
 
-/// A [`VarBuilder`] that creates trainable variables in `vars`, each drawn from (`seed`, its full name).
+/// A [`VarBuilder`] that creates trainable variables in `vars`, each drawn from (`seed`, its full
+/// name).
 ///
-/// A variable that is already in `vars` is returned as it is, so loaded or trained weights survive. Numbers are drawn
-/// on the host in f64, then rounded to the dtype and moved to the device: the weights do not depend on either beyond
-/// that rounding.
+/// A variable that is already in `vars` is returned as it is, so loaded or trained weights survive.
+/// Numbers are drawn on the host in f64, then rounded to the dtype and moved to the device: the
+/// weights do not depend on either beyond that rounding.
 ///
 /// # Errors
-/// `get` fails if a variable of that name exists with another shape, and if a distribution is impossible (a standard
-/// deviation that is negative or not finite, an empty uniform interval).
+/// `get` fails if a variable of that name exists with another shape, and if a distribution is
+/// impossible (a standard deviation that is negative or not finite, an empty uniform interval).
 ///
 /// # Example
 /// ```
@@ -154,12 +155,14 @@ fn uniform(mut rng: SplitMix64, lo: f64, up: f64, name: &str, count: usize) -> R
     Ok((0..count).map(|_| lo + (up - lo) * sample()).collect())
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): rand's own generators may change between its releases, weights must not.
+/// SplitMix64 (Steele, Lea, Flood 2014): rand's own generators may change between its releases,
+/// weights must not.
 struct SplitMix64(u64);
 
 impl SplitMix64 {
     fn for_parameter(seed: u64, name: &str) -> Self {
-        // FNV-1a over the name, then one step of the generator so that neighbouring seeds share no stretch of a stream.
+        // FNV-1a over the name, then one step of the generator so that neighbouring seeds share no
+        // stretch of a stream.
         let name = name
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
@@ -269,7 +272,8 @@ mod tests {
 
     #[test]
     fn weights_of_a_seed_are_pinned() -> Result<()> {
-        // A changed number here means that every published run of this crate starts from other weights.
+        // A changed number here means that every published run of this crate starts from other
+        // weights.
         let values = weights(1, "a", Init::Randn { mean: 0.0, stdev: 1.0 })?;
         assert_eq!(&values[..3], &[-1.0760574787985835, 0.19875374777658042, 0.751950989111808]);
         Ok(())

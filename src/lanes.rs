@@ -5,20 +5,29 @@ use crate::elem::Real;
 
 const LANES: usize = 16;
 
+/// Terms that are summed before their sum is added to the total: rounding errors grow with the number of
+/// additions in a chain, and rows can be long.
+const BLOCK: usize = 64 * LANES;
+
 /// `Σ term(j)` over `0..len`.
 #[inline(always)]
 pub(crate) fn lane_sum<R: Real>(len: usize, term: impl Fn(usize) -> R) -> R {
-    let mut lanes = [R::ZERO; LANES];
-    let whole = len / LANES * LANES;
-    for start in (0..whole).step_by(LANES) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(start + lane);
+    let mut totals = [R::ZERO; LANES];
+    for block in (0..len).step_by(BLOCK) {
+        let end = len.min(block + BLOCK);
+        let whole = end - (end - block) % LANES;
+        let mut sums = [R::ZERO; LANES];
+        for start in (block..whole).step_by(LANES) {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                *sum += term(start + lane);
+            }
         }
+        for j in whole..end {
+            sums[j - whole] += term(j);
+        }
+        totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
     }
-    for j in whole..len {
-        lanes[j - whole] += term(j);
-    }
-    lanes.into_iter().sum()
+    totals.into_iter().sum()
 }
 
 /// The largest element; NaN is passed over.

@@ -1,12 +1,13 @@
 //! A GPT-2 style Transformer whose every dropout is one of this crate's ops.
 //!
-//! Pre-norm decoder with learned positions (Radford et al. 2019, "Language Models are Unsupervised Multitask
-//! Learners"; stochastic depth after Huang et al. 2016, arXiv 1603.09382). Parameter names, the `[in, out]` layout of
-//! the projections and the configuration's field names are those of Hugging Face's GPT-2.
+//! Pre-norm decoder with learned positions (Radford et al. 2019, "Language Models are Unsupervised
+//! Multitask Learners"; stochastic depth after Huang et al. 2016, arXiv 1603.09382). Parameter
+//! names, the `[in, out]` layout of the projections and the configuration's field names are those
+//! of Hugging Face's GPT-2.
 //!
-//! The output head is tied to the token embedding, as in GPT-2 (Press & Wolf 2017, arXiv 1608.05859): a published
-//! checkpoint has no other head, and a byte-level model as small as the examples' would spend a tenth of its
-//! parameters on an untied one.
+//! The output head is tied to the token embedding, as in GPT-2 (Press & Wolf 2017, arXiv
+//! 1608.05859): a published checkpoint has no other head, and a byte-level model as small as the
+//! examples' would spend a tenth of its parameters on an untied one.
 
 use std::sync::Arc;
 
@@ -35,8 +36,8 @@ pub struct GptConfig {
     pub n_head: usize,
     /// Added to the variance in every LayerNorm.
     pub layer_norm_epsilon: f64,
-    /// Standard deviation of the initial weights. Projections that write to the residual stream start smaller, by
-    /// `1 / sqrt(2 n_layer)`.
+    /// Standard deviation of the initial weights. Projections that write to the residual stream
+    /// start smaller, by `1 / sqrt(2 n_layer)`.
     pub initializer_range: f64,
     /// Drop probability of the sum of token and position embeddings.
     pub embd_pdrop: f32,
@@ -44,15 +45,18 @@ pub struct GptConfig {
     pub attn_pdrop: f32,
     /// Drop probability of what a residual branch adds to the stream.
     pub resid_pdrop: f32,
-    /// Probability that the last block's branches are skipped for a sample; block `l` of `L` uses `l / L` of it.
+    /// Probability that the last block's branches are skipped for a sample; block `l` of `L` uses
+    /// `l / L` of it.
     pub drop_path_rate: f32,
     /// Whether to run the fused ops (the default) or the same maths from candle's own ops around
-    /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare with.
+    /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare
+    /// with.
     pub fused: bool,
 }
 
 impl Default for GptConfig {
-    /// GPT-2 small (124M parameters) with its published dropout of 0.1 everywhere and no stochastic depth.
+    /// GPT-2 small (124M parameters) with its published dropout of 0.1 everywhere and no stochastic
+    /// depth.
     fn default() -> Self {
         Self {
             vocab_size: 50257,
@@ -72,7 +76,8 @@ impl Default for GptConfig {
 }
 
 impl GptConfig {
-    /// The same model with one drop probability at embedding, attention and residual, as `p` is usually swept.
+    /// The same model with one drop probability at embedding, attention and residual, as `p` is
+    /// usually swept.
     pub fn with_dropout(self, drop_p: f32) -> Self {
         Self { embd_pdrop: drop_p, attn_pdrop: drop_p, resid_pdrop: drop_p, ..self }
     }
@@ -143,7 +148,8 @@ impl Default for GenerationConfig {
     }
 }
 
-/// One place in the model where something is dropped: it draws one key a call in training, whatever its rate.
+/// One place in the model where something is dropped: it draws one key a call in training, whatever
+/// its rate.
 #[derive(Debug)]
 struct DropSite {
     drop_p: f32,
@@ -273,9 +279,9 @@ impl Attention {
     }
 }
 
-/// GELU's tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415), written `x sigmoid(2 u)` for the same
-/// `u = sqrt(2 / pi) (x + 0.044715 x^3)`: candle's own evaluates tanh and powers one element at a time, which took 40 %
-/// of a training step on the CPU.
+/// GELU's tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415), written `x sigmoid(2 u)` for the
+/// same `u = sqrt(2 / pi) (x + 0.044715 x^3)`: candle's own evaluates tanh and powers one element
+/// at a time, which took 40 % of a training step on the CPU.
 fn gelu(x: &Tensor) -> Result<Tensor> {
     let twice = 2.0 * std::f64::consts::FRAC_2_PI.sqrt();
     x * nn_ops::sigmoid(&(x * x.sqr()?.affine(0.044715 * twice, twice)?)?)?
@@ -331,10 +337,10 @@ impl Block {
 
 /// A GPT-2 style language model.
 ///
-/// Dropout at the embedding, the attention weights and both residual branches, stochastic depth per sample on the
-/// branches; rates come from [`GptConfig`]. The model owns its generator, so models trained side by side do not
-/// disturb one another's masks. Every call with `train` draws `1 + 5 n_layer` keys whatever the rates are, a call
-/// without draws none.
+/// Dropout at the embedding, the attention weights and both residual branches, stochastic depth per
+/// sample on the branches; rates come from [`GptConfig`]. The model owns its generator, so models
+/// trained side by side do not disturb one another's masks. Every call with `train` draws `1 + 5
+/// n_layer` keys whatever the rates are, a call without draws none.
 ///
 /// # Example
 /// ```
@@ -366,7 +372,8 @@ impl Gpt {
     /// Builds the model from the variables of `vb`, creating those that do not exist.
     ///
     /// # Errors
-    /// `config` is invalid (see [`GptConfig::validate`]), or `vb` lacks a variable or holds one of another shape.
+    /// `config` is invalid (see [`GptConfig::validate`]), or `vb` lacks a variable or holds one of
+    /// another shape.
     pub fn new(config: &GptConfig, generator: Arc<MaskGenerator>, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
@@ -387,11 +394,13 @@ impl Gpt {
     /// `ids [B, T]` of u32, `T <= n_positions` -> logits `[B, T, vocab_size]`.
     ///
     /// # Randomness
-    /// With `train`, one key a dropout site, in the order embedding, then for each block attention weights, residual
-    /// dropout and stochastic depth of the attention branch, residual dropout and stochastic depth of the MLP branch.
+    /// With `train`, one key a dropout site, in the order embedding, then for each block attention
+    /// weights, residual dropout and stochastic depth of the attention branch, residual dropout and
+    /// stochastic depth of the MLP branch.
     ///
     /// # Errors
-    /// `ids` is not `[B, T]`, is empty, is longer than `n_positions`, or holds a token outside the vocabulary.
+    /// `ids` is not `[B, T]`, is empty, is longer than `n_positions`, or holds a token outside the
+    /// vocabulary.
     pub fn forward(&self, ids: &Tensor, train: bool) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
         let (n_positions, c) = self.wpe.dims2()?;
@@ -412,12 +421,12 @@ impl Gpt {
 
     /// Continues `prompt` and returns prompt and continuation together.
     ///
-    /// The whole visible context is computed for every token; once the text is longer than `n_positions` the model
-    /// sees its last `n_positions` tokens.
+    /// The whole visible context is computed for every token; once the text is longer than
+    /// `n_positions` the model sees its last `n_positions` tokens.
     ///
     /// # Errors
-    /// `prompt` is empty or holds a token outside the vocabulary, `temperature` is negative or not finite, or `top_k`
-    /// is 0.
+    /// `prompt` is empty or holds a token outside the vocabulary, `temperature` is negative or not
+    /// finite, or `top_k` is 0.
     pub fn generate(&self, prompt: &[u32], config: &GenerationConfig) -> Result<Vec<u32>> {
         let (temperature, n_positions) = (config.temperature, self.wpe.dim(0)?);
         if prompt.is_empty() {

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 
-/// The scale of the scores, as the ops round it.
-const SCALE: f64 = 0.699_999_988_079_071;
+/// The scale of the scores; no f32 holds it exactly.
+const SCALE: f64 = 0.7;
 
 fn mask(drop_p: f32) -> DropMask {
     DropMask::new(drop_p, MaskKey::derive(42, 7)).unwrap()
@@ -115,7 +115,7 @@ impl Op {
             _ if self.is_dropout_norm() => {
                 let (residual, bias) = self.residual_and_bias(args);
                 let (z, n) = dropout_add_norm(x, residual, bias, &self.norm(args), drop)?;
-                if residual.is_some() { z + n } else { Ok(n) }
+                self.both(z, n)
             }
             _ => softmax_dropout(x, SCALE, &self.attention_mask(args), drop),
         }
@@ -143,7 +143,7 @@ impl Op {
                 let norm = self.norm(args);
                 let (z, n) =
                     reference::dropout_add_norm(x, residual, bias, &norm, &keep, drop_scale)?;
-                if residual.is_some() { z + n } else { Ok(n) }
+                self.both(z, n)
             }
             _ => {
                 let mask = self.attention_mask(args);
@@ -159,6 +159,14 @@ impl Op {
     fn is_dropout_norm(self) -> bool {
         use Op::*;
         matches!(self, DropoutAddNorm | DropoutAddNormBias | DropoutNorm | DropoutNormBias)
+    }
+
+    /// What an op with two results is judged by. Candle's sum of empty tensors has no gradient.
+    fn both(self, z: Tensor, n: Tensor) -> Result<Tensor> {
+        match self {
+            Op::DropoutAddNorm | Op::DropoutAddNormBias if n.elem_count() > 0 => z + n,
+            _ => Ok(n),
+        }
     }
 
     fn residual_and_bias(self, args: &[Tensor]) -> (Option<&Tensor>, Option<&Tensor>) {
@@ -462,7 +470,7 @@ fn empty_tensors_give_empty_outputs_and_gradients() -> Result<()> {
                 assert_eq!(y.dims(), dims, "{op:?}");
                 let grads = y.backward()?;
                 for var in &vars {
-                    let grad = grads.get(var).unwrap();
+                    let grad = grads.get(var).unwrap_or_else(|| panic!("{op:?} {dims:?} {drop_p}"));
                     assert_eq!(grad.dims(), var.dims(), "{op:?}");
                     assert!(largest(&grad.to_dtype(DType::F64)?)? == 0., "{op:?} {dims:?}");
                 }

@@ -1,16 +1,17 @@
 //! Which dropout for pretraining, which for fine-tuning?
 //!
-//! Pretrains a small GPT on much text, each byte seen once, and fine-tunes it on little text seen many times, for
-//! several dropout rates and seeds, and says which rates are best in each phase and how sure that is:
+//! Pretrains a small GPT on much text, each byte seen once, and fine-tunes it on little text seen
+//! many times, for several dropout rates and seeds, and says which rates are best in each phase and
+//! how sure that is:
 //!
 //! ```text
 //! cargo run --release --example pretrain_vs_finetune
 //! cargo run --release --example pretrain_vs_finetune -- --pretrain books.txt --finetune poems.txt
 //! ```
 //!
-//! Registered before any run: H1, in one-epoch pretraining every p > 0 has a higher dev loss than p = 0; H2, after a
-//! fixed number of epochs of fine-tuning on little data some p from 0.05 to 0.2 has a lower test loss than p = 0; H3,
-//! the same with early stopping.
+//! Registered before any run: H1, in one-epoch pretraining every p > 0 has a higher dev loss than p
+//! = 0; H2, after a fixed number of epochs of fine-tuning on little data some p from 0.05 to 0.2
+//! has a lower test loss than p = 0; H3, the same with early stopping.
 
 mod corpus;
 mod progress;
@@ -35,42 +36,45 @@ use train::{Phase, Run, RunResult, Shared, Task, check_guards, side_by_side, tra
 fn main() -> Result<()> {
     one_thread_a_run();
     let args = Args::parse();
-    let settings = args.settings()?;
-    let device = device(&args.device)?;
-    let begin = Instant::now();
-
-    let (pretrain_text, finetune_text) = args.texts(&settings)?;
-    let hash = corpus::fnv1a(&[&pretrain_text, &finetune_text]);
-    let (tasks, text) = tasks(pretrain_text, finetune_text, hash, &settings)?;
-    text.print();
-    std::fs::create_dir_all(&args.out)
-        .with_context(|| format!("cannot create {}", args.out.display()))?;
-
-    let shared = Shared {
-        model: settings.gpt(),
-        device,
-        eval_batch: settings.eval_batch,
-        train_windows: settings.dev_windows,
-    };
-    let rates: Vec<f32> = [&settings.pretrain_rates[..], &settings.finetune_rates[..]].concat();
-    check_guards(&tasks[&Phase::Pretrain], &shared, &rates)?;
-    println!(
-        "guards: p = 0 equals no dropout bit for bit, equal seeds give equal runs, keep rates within 4 sigma"
-    );
-
-    let pretrained = run_phase(Phase::Pretrain, &tasks, &shared, &settings, &[])?;
-    let finetuned = run_phase(Phase::Finetune, &tasks, &shared, &settings, &pretrained)?;
-
-    let report = Report::new(&settings, text, pretrained, finetuned, begin.elapsed());
+    let report = job(&args)?;
     report.print();
     report.write(&args.out)
 }
 
-/// Candle spreads one op over all cores through a process-wide pool that spins and serves one caller at a time: runs
-/// side by side would queue for it (on two cores a step took six times as long). Here every run keeps to its thread.
+fn job(args: &Args) -> Result<Report> {
+    let begin = Instant::now();
+    let settings = args.settings()?;
+    let device = device(&args.device)?;
+    let (pretrain, finetune) = args.texts(&settings)?;
+    let (tasks, text) = tasks(pretrain, finetune, &settings)?;
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("--out: cannot create {}", args.out.display()))?;
+    text.print();
+
+    let shared = Shared {
+        model: settings.gpt(),
+        sites: settings.sites,
+        device,
+        eval_batch: settings.eval_batch,
+        train_windows: settings.dev_windows,
+    };
+    let rates = [&settings.pretrain_rates[..], &settings.finetune_rates[..]].concat();
+    check_guards(&tasks[&Phase::Pretrain], &shared, &rates)?;
+    println!(
+        "guards: p = 0 equals no dropout bit for bit, equal seeds give equal runs, keep rates within 4 sigma"
+    );
+    let pretrained = run_phase(Phase::Pretrain, &tasks, &shared, &settings, &[])?;
+    let finetuned = run_phase(Phase::Finetune, &tasks, &shared, &settings, &pretrained)?;
+    Ok(Report::new(&settings, text, pretrained, finetuned, begin.elapsed()))
+}
+
+/// Candle spreads one op over all cores through a process-wide pool that spins and serves one
+/// caller at a time: runs side by side would queue for it (on two cores a step took six times as
+/// long). Here every run keeps to its thread.
 fn one_thread_a_run() {
     for name in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
-        // SAFETY: `main` calls this before it starts any thread, so nothing reads the environment meanwhile.
+        // SAFETY: `main` calls this before it starts any thread, so nothing reads the environment
+        // meanwhile.
         unsafe { std::env::set_var(name, "1") }
     }
 }
@@ -115,13 +119,14 @@ fn run_phase(
     Ok(results)
 }
 
-/// Cuts the texts into what the phases train and are judged on, and checks that there is enough of everything.
+/// Cuts the texts into what the phases train and are judged on, and checks that there is enough of
+/// everything.
 fn tasks(
     pretrain: Splits,
     mut finetune: Splits,
-    hash: u64,
     settings: &Settings,
 ) -> Result<(BTreeMap<Phase, Task>, TextReport)> {
+    let hash = corpus::fnv1a(&[&pretrain, &finetune]);
     let context = settings.context;
     let available = finetune.bytes()[0];
     let remedy = "give more text or lower --finetune-bytes";
@@ -163,9 +168,9 @@ fn tasks(
             2 * context,
             "give more text",
         )?;
-        let windows = corpus::spread(&windows, limit);
-        text.held_out(phase, split, windows.len(), removed);
-        Ok(windows)
+        let used = corpus::spread(&windows, limit);
+        text.held_out(phase, split, [used.len(), windows.len(), removed]);
+        Ok(used)
     };
     let mut windows = Vec::new();
     for (phase, splits) in [(Phase::Pretrain, &pretrain), (Phase::Finetune, &finetune)] {
@@ -185,4 +190,83 @@ fn tasks(
     let pretrain = task(pretrain, settings.pretrain.clone())?;
     let finetune = task(finetune, settings.finetune.clone())?;
     Ok((BTreeMap::from([(Phase::Pretrain, pretrain), (Phase::Finetune, finetune)]), text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(name: &str) -> std::path::PathBuf {
+        let folder = format!("candle-dropout-job-{}-{name}", std::process::id());
+        let folder = std::env::temp_dir().join(folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    }
+
+    fn args(flags: &[&str], out: &std::path::Path) -> Args {
+        let out = out.to_str().unwrap();
+        Args::try_parse_from([&["pretrain_vs_finetune", "--quick", "--out", out], flags].concat())
+            .unwrap()
+    }
+
+    #[test]
+    fn runs_side_by_side_do_not_disturb_one_another() {
+        let out = folder("threads");
+        let losses = |threads: &str| {
+            let flags = ["--pretrain-steps", "6", "--finetune-steps", "6", "--threads", threads];
+            job(&args(&flags, &out)).unwrap().losses()
+        };
+        let alone = losses("1");
+        assert_eq!(alone.len(), 2 * 2 * 2 * 2);
+        assert_eq!(alone, losses("3"));
+        std::fs::remove_dir_all(out).unwrap();
+    }
+
+    #[test]
+    fn text_of_ones_own_is_trained_on_and_text_too_short_is_refused() {
+        let out = folder("text");
+        let file = |name: &str, numbers: std::ops::Range<usize>| {
+            let path = out.join(name);
+            std::fs::write(&path, numbers.map(|i| format!("{} ", i * i)).collect::<String>())
+                .unwrap();
+            path.display().to_string()
+        };
+        let (long, short) = (file("long", 0..4000), file("short", 9000..9100));
+        let poems = file("poems", 5000..6000);
+        let job = |flags: &[&str]| {
+            let flags = [&["--pretrain-steps", "6", "--finetune-steps", "6"], flags].concat();
+            job(&args(&flags, &out))
+                .map(|report| report.losses().len())
+                .map_err(|e| format!("{e:#}"))
+        };
+        assert_eq!(job(&["--pretrain", &long, "--finetune", &poems]), Ok(16));
+        let error = job(&["--pretrain", &short, "--finetune", &poems]).unwrap_err();
+        assert!(
+            error.starts_with("pretraining text: 1536 bytes are needed, there are 704:"),
+            "{error}"
+        );
+        let error = job(&["--pretrain", &long, "--finetune", &short]).unwrap_err();
+        assert!(
+            error.starts_with("fine-tuning text: 2000 bytes are needed, there are 720:"),
+            "{error}"
+        );
+        // Held-out text that was trained on leaves nothing to judge by.
+        let couplet = file("couplet", 5000..5223);
+        let seen = ["--finetune-dev", &couplet, "--finetune-test", &couplet];
+        let error =
+            job(&[&["--pretrain", &long, "--finetune", &couplet], &seen[..]].concat()).unwrap_err();
+        assert!(error.contains("also occur in training text: 64 bytes are needed"), "{error}");
+        let error = job(&["--pretrain", "no-such-file", "--finetune", &poems]).unwrap_err();
+        assert!(error.contains("cannot read no-such-file"), "{error}");
+        std::fs::remove_dir_all(out).unwrap();
+    }
+
+    #[test]
+    #[cfg(not(feature = "cuda"))]
+    fn cuda_without_the_feature_names_the_remedy() {
+        let out = folder("cuda");
+        let error = job(&args(&["--device", "cuda"], &out)).unwrap_err().to_string();
+        assert!(error.contains("--features cuda"), "{error}");
+        std::fs::remove_dir_all(out).unwrap();
+    }
 }

@@ -1,8 +1,8 @@
-//! Progress on stderr: a bar at a terminal, a line a finished run elsewhere.
+//! Progress on stderr: a bar at a terminal, lines elsewhere.
 
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -13,6 +13,9 @@ pub struct Progress {
     phase: Phase,
     runs: usize,
     done: AtomicUsize,
+    steps: usize,
+    stepped: AtomicUsize,
+    begin: Instant,
 }
 
 impl Progress {
@@ -27,12 +30,27 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         });
-        Self { bar, phase, runs, done: AtomicUsize::new(0) }
+        Self {
+            bar,
+            phase,
+            runs,
+            done: AtomicUsize::new(0),
+            steps: runs * steps,
+            stepped: AtomicUsize::new(0),
+            begin: Instant::now(),
+        }
     }
 
     pub fn step(&self) {
-        if let Some(bar) = &self.bar {
-            bar.inc(1);
+        let stepped = self.stepped.fetch_add(1, Ordering::Relaxed) + 1;
+        match &self.bar {
+            Some(bar) => bar.inc(1),
+            // Elsewhere a line at every tenth of the way.
+            None if stepped * 10 / self.steps != (stepped - 1) * 10 / self.steps => {
+                let (phase, seconds) = (self.name(), self.begin.elapsed().as_secs());
+                eprintln!("{phase}: step {stepped} of {}, {seconds} s", self.steps);
+            }
+            None => {}
         }
     }
 
@@ -40,7 +58,7 @@ impl Progress {
         let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
         let line = format!(
             "{} {done}/{}: p {:<4} seed {}: dev {:.3}, best {:.3} at step {}, {:.0} tokens/s, {:.1} s",
-            format!("{:?}", self.phase).to_lowercase(),
+            self.name(),
             self.runs,
             result.run.drop_p,
             result.run.seed,
@@ -54,6 +72,10 @@ impl Progress {
             Some(bar) => bar.println(line),
             None => eprintln!("{line}"),
         }
+    }
+
+    fn name(&self) -> String {
+        format!("{:?}", self.phase).to_lowercase()
     }
 
     pub fn close(&self) {

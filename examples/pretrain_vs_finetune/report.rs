@@ -31,7 +31,10 @@ struct HeldOut {
     phase: Phase,
     split: String,
     windows: usize,
+    /// Removed because they occur in training text.
     removed: usize,
+    /// Evaluated, evenly spaced among the rest.
+    used: usize,
 }
 
 impl TextReport {
@@ -50,8 +53,10 @@ impl TextReport {
         }
     }
 
-    pub fn held_out(&mut self, phase: Phase, split: &str, windows: usize, removed: usize) {
-        self.held_out.push(HeldOut { phase, split: split.to_string(), windows, removed });
+    pub fn held_out(&mut self, phase: Phase, split: &str, [used, clean, removed]: [usize; 3]) {
+        let split = split.to_string();
+        let windows = clean + removed;
+        self.held_out.push(HeldOut { phase, split, windows, removed, used });
     }
 
     pub fn print(&self) {
@@ -62,10 +67,13 @@ impl TextReport {
         ] {
             println!("  {name}: train {train} bytes ({epochs:.2} epochs), dev {dev}, test {test}");
         }
-        let removed: usize = self.held_out.iter().map(|h| h.removed).sum();
-        println!(
-            "  held-out windows removed because {GUARD_BYTES} of their bytes occur in training text: {removed}"
-        );
+        for HeldOut { phase, split, windows, removed, used } in &self.held_out {
+            let phase = format!("{phase:?}").to_lowercase();
+            println!(
+                "  {phase} {split}: {used} windows, of {windows} less {removed} that share {GUARD_BYTES} bytes with \
+                 training text"
+            );
+        }
     }
 }
 
@@ -100,9 +108,11 @@ impl Spread {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 enum Verdict {
     Holds,
     Fails,
+    #[serde(rename = "not resolved")]
     NotResolved,
 }
 
@@ -116,8 +126,10 @@ struct Arm {
     /// Every rate that dev cannot tell from the one with the lowest mean dev loss.
     best_p: Vec<f32>,
     lowest_dev_p: f32,
+    /// Mean dev loss of the models that the runs start from.
+    dev_at_start: f64,
     seeds: usize,
-    test_documents: usize,
+    documents: usize,
     rows: Vec<Row>,
 }
 
@@ -181,6 +193,12 @@ impl Report {
             "fine-tuning starts from the p = 0 model of its seed",
         ];
         Self { settings: settings.clone(), text, arms, runs, notes, seconds: elapsed.as_secs_f64() }
+    }
+
+    /// Final dev and test loss of every run.
+    #[cfg(test)]
+    pub fn losses(&self) -> Vec<f64> {
+        self.runs.iter().flat_map(|run| [run.last.dev.loss(), run.early.test.loss()]).collect()
     }
 
     pub fn print(&self) {
@@ -250,17 +268,19 @@ impl Report {
             };
             let _ = writeln!(
                 out,
-                "\n{}\n  {verdict} ({}; {} seeds, {} test documents)",
+                "\n{}\n  {verdict} ({}; {} seeds, {} {} documents)",
                 arm.hypothesis,
                 arm.t_values(),
                 arm.seeds,
-                arm.test_documents
+                arm.documents,
+                arm.judged_on
             );
             let _ = writeln!(
                 out,
-                "  best p by dev: {} (lowest mean {})",
+                "  best p by dev: {} (lowest mean {}; dev loss before training {:.3})",
                 best.join(", "),
-                arm.lowest_dev_p
+                arm.lowest_dev_p,
+                arm.dev_at_start
             );
         }
         let _ = writeln!(
@@ -434,6 +454,8 @@ impl Arm {
             }
         };
         let rows: Vec<Row> = rates.iter().copied().map(row).collect();
+        let starts: Vec<f64> =
+            runs.iter().filter_map(|run| Some(run.curve.first()?.dev_loss)).collect();
         let (lowest_dev_p, best_p) = best_set(&rows);
         Self {
             name,
@@ -445,8 +467,9 @@ impl Arm {
             verdict: verdict(&rows),
             best_p,
             lowest_dev_p,
+            dev_at_start: mean(&starts),
             seeds: base.len(),
-            test_documents: base.first().map_or(0, |o| o.test.documents.len()),
+            documents: base.first().map_or(0, |o| judge.evaluation(o).documents.len()),
             rows,
         }
     }
@@ -466,7 +489,8 @@ fn subtract(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
-/// The rate of the lowest mean dev loss, and every rate whose paired interval against it contains 0.
+/// The rate of the lowest mean dev loss, and every rate whose paired interval against it contains
+/// 0.
 fn best_set(rows: &[Row]) -> (f32, Vec<f32>) {
     let Some(lowest) = rows.iter().min_by(|a, b| a.dev.mean.total_cmp(&b.dev.mean)) else {
         return (0.0, Vec::new());
@@ -480,7 +504,7 @@ fn best_set(rows: &[Row]) -> (f32, Vec<f32>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::Run;
+    use crate::train::{CurvePoint, Run};
 
     /// Runs whose dev and test losses are `base + effect(p) + seed noise`.
     fn runs(effect: impl Fn(f32) -> f64) -> Vec<RunResult> {
@@ -495,7 +519,7 @@ mod tests {
                 run: Run { phase: Phase::Finetune, drop_p, seed },
                 early: last.clone(),
                 last,
-                curve: Vec::new(),
+                curve: vec![CurvePoint { step: 0, batch_loss: None, dev_loss: 3.0 }],
                 tokens_per_second: 1.0,
                 seconds: 1.0,
                 weights: Default::default(),
@@ -518,7 +542,7 @@ mod tests {
     #[test]
     fn verdicts_follow_the_sign_of_resolved_differences() {
         use Verdict::{Fails, Holds, NotResolved};
-        assert_eq!(verdicts(|p| f64::from(p)), [Holds, Fails, Fails]);
+        assert_eq!(verdicts(f64::from), [Holds, Fails, Fails]);
         assert_eq!(verdicts(|p| -f64::from(p)), [Fails, Holds, Holds]);
         assert_eq!(verdicts(|_| 0.0), [NotResolved; 3]);
         // A gain outside 0.05 to 0.2 is not what H2 is about.
@@ -527,7 +551,7 @@ mod tests {
 
     #[test]
     fn pairing_removes_what_seeds_share() {
-        let report = report(|p| f64::from(p));
+        let report = report(f64::from);
         let difference = report.arms[1].rows[1].difference.as_ref().unwrap();
         assert!(
             (difference.mean - 0.1).abs() < 2e-3 && difference.standard_error.unwrap() < 1e-3,
@@ -541,14 +565,14 @@ mod tests {
         let out =
             std::env::temp_dir().join(format!("candle-dropout-report-{}", std::process::id()));
         std::fs::create_dir_all(&out).unwrap();
-        let report = report(|p| f64::from(p));
+        let report = report(f64::from);
         report.write(&out).unwrap();
         let json: serde_json::Value =
             serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();
-        assert_eq!(json["arms"][0]["verdict"], "Holds");
+        assert_eq!(json["arms"][0]["verdict"], "holds");
         assert_eq!(json["runs"].as_array().unwrap().len(), 24);
         assert!(std::fs::read_to_string(out.join("report.svg")).unwrap().contains("FT-early"));
-        assert!(report.table().contains("best p by dev: 0 (lowest mean 0)"), "{}", report.table());
+        assert!(report.table().contains("best p by dev: 0 (lowest mean 0;"), "{}", report.table());
         std::fs::remove_dir_all(out).unwrap();
     }
 }

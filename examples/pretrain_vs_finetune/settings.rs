@@ -8,18 +8,21 @@ use clap::{Parser, ValueEnum};
 use serde::Serialize;
 
 use crate::corpus::{self, Splits, VOCAB_SIZE};
-use crate::train::Recipe;
+use crate::train::{Recipe, Sites};
 
-/// Which dropout for pretraining, which for fine-tuning? Trains a small GPT at several rates and seeds and says.
+/// Which dropout for pretraining, which for fine-tuning? Trains a small GPT at several rates and
+/// seeds and says.
 ///
-/// Without text it pretrains on the source code of this crate's dependencies and fine-tunes on their prose.
+/// Without text it pretrains on the source code of this crate's dependencies and fine-tunes on
+/// their prose.
 #[derive(Debug, Parser)]
 #[command(name = "pretrain_vs_finetune")]
 pub struct Args {
     /// Sizes and budgets to start from; every other flag overrides one of them.
     #[arg(long, value_enum, default_value = "cpu")]
     preset: Preset,
-    /// A run of seconds that shows the program works and decides nothing: the same as `--preset quick`.
+    /// A run of seconds that shows the program works and decides nothing: the same as `--preset
+    /// quick`.
     #[arg(long, conflicts_with = "preset")]
     quick: bool,
 
@@ -29,7 +32,8 @@ pub struct Args {
     /// Files to fine-tune on.
     #[arg(long, num_args = 1.., value_name = "PATH", requires = "pretrain")]
     finetune: Option<Vec<PathBuf>>,
-    /// Held-out files for pretraining; without them a tenth of the documents (or of each, below ten) is held out.
+    /// Held-out files for pretraining; without them a tenth of the documents (or of each, below
+    /// ten) is held out.
     #[arg(long, num_args = 1.., value_name = "PATH", requires_all = ["pretrain", "pretrain_test"])]
     pretrain_dev: Option<Vec<PathBuf>>,
     /// Files read once at the end.
@@ -101,6 +105,9 @@ pub struct Args {
     /// Stochastic depth of every run.
     #[arg(long)]
     drop_path_rate: Option<f32>,
+    /// Where the rates apply.
+    #[arg(long, value_enum, default_value = "all")]
+    sites: Sites,
     /// Use candle's own ops around dropout instead of the fused ones; the masks are the same.
     #[arg(long)]
     unfused: bool,
@@ -136,6 +143,7 @@ pub struct Settings {
     pub width: usize,
     pub heads: usize,
     pub drop_path_rate: f32,
+    pub sites: Sites,
     pub fused: bool,
     pub dev_windows: usize,
     pub test_windows: usize,
@@ -160,7 +168,7 @@ impl Settings {
             lr: 2e-3,
             warmup: 20,
             final_lr: 1.0,
-            eval_every: 20,
+            eval_every: 10,
             ..pretrain.clone()
         };
         let cpu = Self {
@@ -180,6 +188,7 @@ impl Settings {
             width: 64,
             heads: 4,
             drop_path_rate: 0.0,
+            sites: Sites::All,
             fused: true,
             dev_windows: 128,
             test_windows: 512,
@@ -320,6 +329,7 @@ impl Args {
         set(&mut s.width, &self.width);
         set(&mut s.heads, &self.heads);
         set(&mut s.drop_path_rate, &self.drop_path_rate);
+        s.sites = self.sites;
         s.fused = !self.unfused;
         for rates in [&mut s.pretrain_rates, &mut s.finetune_rates] {
             rates.push(0.0);

@@ -36,7 +36,8 @@ impl PairedDifference {
         let df = differences.len().saturating_sub(1) as f64;
         let error = standard_error(differences);
         let half = error.map(|error| error * t_quantile(0.975, df));
-        // Differences that are all equal leave no doubt, unless all are zero: then t is undefined and so is the test.
+        // Differences that are all equal leave no doubt, unless all are zero: then t is undefined
+        // and so is the test.
         let t = error.map(|error| if centre == 0.0 { 0.0 } else { centre / error });
         let p_value = t.map(|t| 2.0 * (1.0 - t_cdf(t.abs(), df)));
         Self {
@@ -77,7 +78,8 @@ pub fn holm(differences: &mut [PairedDifference]) {
     }
 }
 
-/// Two-sided 95 % interval of the difference of mean losses when whole documents are redrawn (cluster bootstrap).
+/// Two-sided 95 % interval of the difference of mean losses when whole documents are redrawn
+/// (cluster bootstrap).
 ///
 /// `a` and `b` hold (summed loss, tokens) of the same documents; both share every draw.
 pub fn bootstrap_documents(

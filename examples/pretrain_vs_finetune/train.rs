@@ -1,4 +1,5 @@
-//! One training run, its evaluation, and the guards that stop the job when its promises do not hold.
+//! One training run, its evaluation, and the guards that stop the job when its promises do not
+//! hold.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_dropout::{DropMask, Gpt, GptConfig, MaskGenerator, dropout, seeded_var_builder};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
+use clap::ValueEnum;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{SeedableRng, rngs::StdRng};
 use serde::Serialize;
@@ -23,6 +25,25 @@ pub type Weights = BTreeMap<String, Tensor>;
 pub enum Phase {
     Pretrain,
     Finetune,
+}
+
+/// Where a run's dropout rate applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sites {
+    /// Embedding, attention weights and residual branches.
+    All,
+    /// Residual branches only.
+    Residual,
+}
+
+impl Sites {
+    fn config(self, model: &GptConfig, drop_p: f32) -> GptConfig {
+        match self {
+            Self::All => model.clone().with_dropout(drop_p),
+            Self::Residual => GptConfig { resid_pdrop: drop_p, ..model.clone().with_dropout(0.0) },
+        }
+    }
 }
 
 /// How a phase trains.
@@ -66,6 +87,7 @@ pub struct Task {
 #[derive(Debug)]
 pub struct Shared {
     pub model: GptConfig,
+    pub sites: Sites,
     pub device: Device,
     pub eval_batch: usize,
     pub train_windows: usize,
@@ -123,7 +145,8 @@ pub struct RunResult {
     pub weights: Weights,
 }
 
-/// Loss of every target, `logits [N, V]` and `targets [N]` -> `[N]`; fewer passes than candle-nn's cross-entropy.
+/// Loss of every target, `logits [N, V]` and `targets [N]` -> `[N]`; fewer passes than candle-nn's
+/// cross-entropy.
 fn token_losses(logits: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
     let shifted = logits.broadcast_sub(&logits.detach().max_keepdim(1)?)?; // [N, V]
     let log_sum = shifted.exp()?.sum_keepdim(1)?.log()?; // [N, 1]
@@ -146,7 +169,8 @@ fn batch(
     Ok((inputs, Tensor::from_vec(bytes(1), windows.len() * context, device)?))
 }
 
-/// A model with its variables in the order of their names: sums over parameters must not depend on a hash map's order.
+/// A model with its variables in the order of their names: sums over parameters must not depend on
+/// a hash map's order.
 struct Model {
     gpt: Gpt,
     vars: BTreeMap<String, Var>,
@@ -155,7 +179,7 @@ struct Model {
 
 impl Model {
     fn new(shared: &Shared, run: &Run, start: Option<&Weights>) -> Result<Self> {
-        let config = shared.model.clone().with_dropout(run.drop_p);
+        let config = shared.sites.config(&shared.model, run.drop_p);
         // Within a seed every rate sees one stream of masks, which no other random choice shares.
         let masks = Arc::new(MaskGenerator::new(stream(run, 1)));
         let map = VarMap::new();
@@ -257,7 +281,8 @@ fn stream(run: &Run, purpose: u64) -> u64 {
     (run.seed * 2 + phase) * 16 + purpose
 }
 
-/// The windows of every step. Pretraining sees none twice; fine-tuning draws from all positions again and again.
+/// The windows of every step. Pretraining sees none twice; fine-tuning draws from all positions
+/// again and again.
 fn window_order(run: &Run, task: &Task, context: usize) -> Result<Vec<Window>> {
     let mut rng = StdRng::seed_from_u64(stream(run, 2));
     let count = task.recipe.steps * task.recipe.batch;
@@ -363,8 +388,8 @@ fn adamw(model: &Model, recipe: &Recipe) -> Result<AdamW> {
     Ok(AdamW::new(model.vars.values().cloned().collect(), params)?)
 }
 
-/// Runs `jobs` on `threads` threads, each inside a rayon pool of its own so that runs never share workers. Results come
-/// in the order of the jobs; the first error stops what has not started.
+/// Runs `jobs` on `threads` threads, each inside a rayon pool of its own so that runs never share
+/// workers. Results come in the order of the jobs; the first error stops what has not started.
 pub fn side_by_side<J: Sync, R: Send>(
     jobs: &[J],
     threads: usize,
@@ -436,7 +461,8 @@ pub fn check_guards(task: &Task, shared: &Shared, rates: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// The realised keep rate over a million elements lies within 4 standard deviations of the rate on the mask's grid.
+/// The realised keep rate over a million elements lies within 4 standard deviations of the rate on
+/// the mask's grid.
 fn check_keep_rate(drop_p: f32, device: &Device) -> Result<()> {
     let n = 1 << 20;
     let drop = DropMask::new(drop_p, MaskGenerator::new(1).next_key())?;
@@ -499,7 +525,7 @@ mod tests {
             n_head: 2,
             ..Default::default()
         };
-        Shared { model, device: Device::Cpu, eval_batch: 4, train_windows: 8 }
+        Shared { model, sites: Sites::All, device: Device::Cpu, eval_batch: 4, train_windows: 8 }
     }
 
     #[test]

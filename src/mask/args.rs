@@ -59,31 +59,12 @@ impl MaskArgs {
         Ok(Self { key: key.words(), threshold, scale: rate.scale(), col_0, rows })
     }
 
-    /// Walks the elements `start..start + len` of a `[rows, cols]` tensor in runs that lie in one row:
-    /// `f(at, col, draws)` gets the position of the run's first element after `start`, its column, and
-    /// the draw of each of its elements.
+    /// Walks the elements `start..start + len` of a `[rows, cols]` tensor in runs that lie in one row.
     #[inline(always)]
-    pub(crate) fn for_each_run(
-        &self,
-        start: usize,
-        len: usize,
-        cols: usize,
-        mut f: impl FnMut(usize, usize, &[u16]),
-    ) {
-        if len == 0 {
-            return;
-        }
-        let mut draws = [0; RUN + COLS_PER_FILL];
-        let (mut at, mut row, mut col) = (0, start / cols, start % cols);
-        while at < len {
-            let run = RUN.min(cols - col).min(len - at);
-            f(at, col, self.draws(row, col, run, &mut draws));
-            at += run;
-            col += run;
-            if col == cols {
-                (row, col) = (row + 1, 0);
-            }
-        }
+    pub(crate) fn runs(&self, start: usize, len: usize, cols: usize) -> Runs<'_> {
+        // An empty tensor may have no columns to divide by.
+        let (row, col) = if len == 0 { (0, 0) } else { (start / cols, start % cols) };
+        Runs { mask: self, at: 0, len, row, col, cols, draws: [0; RUN + COLS_PER_FILL] }
     }
 
     /// The draws of `len <= RUN` columns from `col` on, in row `row` of the tensor.
@@ -123,5 +104,38 @@ impl MaskArgs {
     #[inline(always)]
     pub(crate) fn is_drawn(&self) -> bool {
         self.threshold != Rate::KEEP_ALL.threshold() && self.threshold != Rate::DROP_ALL.threshold()
+    }
+}
+
+/// See [`MaskArgs::runs`].
+///
+/// A loop over `next` and no method that takes a closure: a closure is compiled on its own, for the
+/// baseline instruction set, wherever the compiler does not inline it.
+pub(crate) struct Runs<'a> {
+    mask: &'a MaskArgs,
+    at: usize,
+    len: usize,
+    row: usize,
+    col: usize,
+    cols: usize,
+    draws: [u16; RUN + COLS_PER_FILL],
+}
+
+impl Runs<'_> {
+    /// The position of the run's first element after `start`, its column, and the draw of each of its
+    /// elements.
+    #[inline(always)]
+    pub(crate) fn next(&mut self) -> Option<(usize, usize, &[u16])> {
+        if self.at == self.len {
+            return None;
+        }
+        let (at, row, col) = (self.at, self.row, self.col);
+        let run = RUN.min(self.cols - col).min(self.len - at);
+        self.at += run;
+        self.col += run;
+        if self.col == self.cols {
+            (self.row, self.col) = (row + 1, 0);
+        }
+        Some((at, col, self.mask.draws(row, col, run, &mut self.draws)))
     }
 }

@@ -114,11 +114,12 @@ impl DropMask {
         let args = self.args("to_tensor", shape.dims())?;
         let cols = shape.dims().last().copied().unwrap_or(1);
         let mut keep = vec![0u8; shape.elem_count()];
-        args.for_each_run(0, keep.len(), cols, |at, _, draws| {
+        let mut runs = args.runs(0, keep.len(), cols);
+        while let Some((at, _, draws)) = runs.next() {
             for (keep, draw) in keep[at..].iter_mut().zip(draws) {
                 *keep = u8::from(args.keeps(*draw));
             }
-        });
+        }
         Tensor::from_vec(keep, shape, device)
     }
 

@@ -14,33 +14,22 @@ const MUL_0: u64 = 0xD251_1F53;
 const MUL_1: u64 = 0xCD9E_8D57;
 const KEY_STEP: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
-/// Philox calls evaluated side by side, one in each 64-bit lane of a vector register.
-const LANES: usize = 8;
-
 /// Columns that [`fill_draws`] serves at a time.
-pub(crate) const COLS_PER_FILL: usize = LANES * COLS_PER_CALL;
+pub(crate) const COLS_PER_FILL: usize = 8 * COLS_PER_CALL;
 
-/// `LANES` calls of Philox4x32 under one key.
+/// Philox4x32, with each word in the low half of a u64 whose high half is left dirty.
 ///
-/// A counter word lives in the low half of its 64-bit lane; the high half is left dirty. So a round
-/// is two 32 x 32 -> 64 bit products, two shifts and two three-way XORs on whole registers, for any
-/// register width the compiler is given.
-#[allow(clippy::needless_range_loop)] // four words move together
+/// In a loop over calls, a word lives in a 64-bit lane of a vector register, and a round is two
+/// 32 x 32 -> 64 bit products, two shifts and two three-way XORs on whole registers.
 #[inline(always)]
-fn rounds<const N: usize>(mut c: [[u64; N]; 4], mut key: [u32; 2], n_rounds: u32) -> [[u64; N]; 4] {
+fn philox(mut c: [u64; 4], mut key: [u32; 2], n_rounds: u32) -> [u64; 4] {
     const LOW: u64 = 0xffff_ffff;
     for _ in 0..n_rounds {
-        let (k0, k1) = (u64::from(key[0]), u64::from(key[1]));
-        for i in 0..N {
-            let product_0 = (c[0][i] & LOW) * MUL_0;
-            let product_1 = (c[2][i] & LOW) * MUL_1;
-            c[0][i] = (product_1 >> 32) ^ c[1][i] ^ k0;
-            c[1][i] = product_1;
-            c[2][i] = (product_0 >> 32) ^ c[3][i] ^ k1;
-            c[3][i] = product_0;
-        }
-        key[0] = key[0].wrapping_add(KEY_STEP[0]);
-        key[1] = key[1].wrapping_add(KEY_STEP[1]);
+        let (product_0, product_1) = ((c[0] & LOW) * MUL_0, (c[2] & LOW) * MUL_1);
+        let high_0 = (product_1 >> 32) ^ c[1] ^ u64::from(key[0]);
+        let high_2 = (product_0 >> 32) ^ c[3] ^ u64::from(key[1]);
+        c = [high_0, product_1, high_2, product_0];
+        key = [key[0].wrapping_add(KEY_STEP[0]), key[1].wrapping_add(KEY_STEP[1])];
     }
     c
 }
@@ -52,26 +41,41 @@ fn rounds<const N: usize>(mut c: [[u64; N]; 4], mut key: [u32; 2], n_rounds: u32
 #[inline(always)]
 pub(crate) fn fill_draws(key: [u32; 2], row: u64, first_block: u32, draws: &mut [u16]) {
     let mut block = u64::from(first_block);
-    for draws in draws.chunks_exact_mut(COLS_PER_FILL) {
-        let column = std::array::from_fn(|lane| block + lane as u64);
-        let words =
-            rounds::<LANES>([column, [row >> 32; LANES], [row; LANES], [0; LANES]], key, ROUNDS);
-        for (lane, draws) in draws.chunks_exact_mut(COLS_PER_CALL).enumerate() {
-            for (word, draws) in words.iter().zip(draws.chunks_exact_mut(2)) {
-                draws[0] = word[lane] as u16;
-                draws[1] = (word[lane] >> 16) as u16;
-            }
-        }
-        block += LANES as u64;
+    let mut long = draws.chunks_exact_mut(32 * COLS_PER_CALL);
+    for draws in &mut long {
+        fill_calls::<32>(key, row, block, draws);
+        block += 32;
+    }
+    for draws in long.into_remainder().chunks_exact_mut(8 * COLS_PER_CALL) {
+        fill_calls::<8>(key, row, block, draws);
+        block += 8;
     }
 }
+
+/// `CALLS` calls: first the words of all, a loop that vectorises as it stands, then their draws.
+#[inline(always)]
+fn fill_calls<const CALLS: usize>(key: [u32; 2], row: u64, first_block: u64, draws: &mut [u16]) {
+    let mut words = [[0u32; CALLS]; 4];
+    let [w0, w1, w2, w3] = &mut words;
+    for call in 0..CALLS {
+        let w = philox([first_block + call as u64, row >> 32, row, 0], key, ROUNDS);
+        (w0[call], w1[call], w2[call], w3[call]) =
+            (w[0] as u32, w[1] as u32, w[2] as u32, w[3] as u32);
+    }
+    for (call, draws) in draws.chunks_exact_mut(COLS_PER_CALL).enumerate() {
+        for (word, draws) in words.iter().zip(draws.chunks_exact_mut(2)) {
+            draws[0] = word[call] as u16;
+            draws[1] = (word[call] >> 16) as u16;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn philox(counter: [u32; 4], key: [u32; 2], n_rounds: u32) -> [u32; 4] {
-        let words = rounds::<1>(counter.map(|c| [u64::from(c)]), key, n_rounds);
-        words.map(|[word]| word as u32)
+    fn words(counter: [u32; 4], key: [u32; 2], n_rounds: u32) -> [u32; 4] {
+        philox(counter.map(u64::from), key, n_rounds).map(|word| word as u32)
     }
 
     /// Known answers published with Random123 (`kat_vectors`): zeros, ones and digits of pi.
@@ -88,7 +92,7 @@ mod tests {
             (10, pi, pi_key, [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]),
         ];
         for (n_rounds, counter, key, answer) in cases {
-            assert_eq!(philox(counter, key, n_rounds), answer, "{n_rounds} rounds");
+            assert_eq!(words(counter, key, n_rounds), answer, "{n_rounds} rounds");
         }
     }
 
@@ -102,11 +106,11 @@ mod tests {
     fn vector_lanes_equal_single_calls() {
         let (key, row, first_block) =
             ([0x1234_5678, 0x9abc_def0], 0xffff_ffff_0000_0005, u32::MAX - 30);
-        let mut draws = [0; 3 * COLS_PER_FILL];
+        let mut draws = [0; 11 * COLS_PER_FILL];
         draws_in_widest_registers(key, row, first_block, &mut draws);
         for (i, draws) in draws.chunks(COLS_PER_CALL).enumerate() {
             let counter = [first_block + i as u32, (row >> 32) as u32, row as u32, 0];
-            let words = philox(counter, key, ROUNDS);
+            let words = words(counter, key, ROUNDS);
             let expected: Vec<u16> =
                 words.iter().flat_map(|&w| [w as u16, (w >> 16) as u16]).collect();
             assert_eq!(draws, expected, "block {i}");

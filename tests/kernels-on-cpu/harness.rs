@@ -237,7 +237,7 @@ macro_rules! plain {
         }
     )*};
 }
-plain!(u8 u16 u32 u64 i32 i64 f16 bf16 f32);
+plain!(u8 u16 u32 u64 i32 i64 f16 bf16 f32 f64);
 
 pub fn to_bytes<T: Plain>(elements: &[T]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size_of_val(elements));
@@ -307,14 +307,17 @@ fn run(executable: &Path, cases: &[Case]) -> Result<Vec<Outputs>, Failure> {
 fn build(source: &str) -> Result<PathBuf, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let here = "tests/kernels-on-cpu";
-    let kernel_file = match (source.strip_prefix("kernels/"), std::env::var(KERNELS_VARIABLE)) {
-        (Some(name), Ok(folder)) => format!("{folder}/{name}"),
-        _ => source.to_owned(),
-    };
-    // One folder for each kernel file, so that tests of different files, and of mutated ones, can
-    // run side by side.
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .join(format!("kernels-on-cpu/{:016x}", hash(&kernel_file)));
+    // A replaced folder keeps its builds to itself, and takes them along when it is deleted.
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (kernel_file, builds) =
+        match (source.strip_prefix("kernels/"), std::env::var(KERNELS_VARIABLE)) {
+            (Some(name), Ok(replaced)) => {
+                (format!("{replaced}/{name}"), Path::new(&replaced).join("build"))
+            }
+            _ => (source.to_owned(), target.join("kernels-on-cpu")),
+        };
+    // One folder for each kernel file, so that tests of different files can run side by side.
+    let folder = builds.join(format!("{:016x}", hash(&kernel_file)));
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let write = |name: &str, text: &str| {
         let path = folder.join(name);
@@ -431,7 +434,7 @@ fn succeed(mut command: Command) -> Result<String, String> {
     let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;
     let errors = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        return Err(format!("{command:?}: {}\n{errors}", output.status));
+        return Err(format!("could not compile: {command:?}: {}\n{errors}", output.status));
     }
     eprint!("{errors}");
     String::from_utf8(output.stdout).map_err(|e| format!("{command:?}: {e}"))

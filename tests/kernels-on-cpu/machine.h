@@ -3,7 +3,10 @@
 // Blocks run one after another, the threads of a block as fibers, each until it has to wait. So
 // memory is consistent and a run repeats exactly, but the order of the threads is ours to choose:
 // a kernel that lacks a barrier computes something else in another order, and that is what the
-// tests look for. Nothing here is kinder than the hardware:
+// tests look for. The order is as unfair as can be: of the threads that could run it is always the
+// first in line that does, so a warp gets ahead of the others as far as barriers let it.
+//
+// Nothing here is kinder than the hardware:
 //
 //   - every block finds shared memory full of NaN;
 //   - threads that have returned no longer count at `__syncthreads`, and the others must all wait
@@ -67,18 +70,17 @@ struct Thread {
   unsigned ballot;
 };
 
-// The order in which ready threads take their turn, and blocks theirs.
+// The order of the threads of a block, and of the blocks of a grid. When shuffled it is another one
+// for every block, and again for what follows each barrier.
 struct Order {
   enum Kind : uint32_t { forward, reverse, shuffled } kind = forward;
   uint32_t seed = 0;
 
-  void arrange(std::vector<unsigned> &turns, std::mt19937 &random) const {
-    if (kind == shuffled) std::shuffle(turns.begin(), turns.end(), random);
-  }
-  std::vector<unsigned> first_turns(unsigned count) const {
-    std::vector<unsigned> turns(count);
-    for (unsigned i = 0; i < count; ++i) turns[i] = kind == reverse ? count - 1 - i : i;
-    return turns;
+  std::vector<unsigned> line_up(unsigned count, std::mt19937 &random) const {
+    std::vector<unsigned> line(count);
+    for (unsigned i = 0; i < count; ++i) line[i] = kind == reverse ? count - 1 - i : i;
+    if (kind == shuffled) std::shuffle(line.begin(), line.end(), random);
+    return line;
   }
 };
 
@@ -89,6 +91,33 @@ inline fiber::Fiber scheduler;
 inline std::function<void()> kernel_body;
 inline const char *kernel_name = "";
 inline uint32_t waiting_lanes[max_block_threads / warpSize]; // of each warp, those at a collective
+
+// The threads of the block in their order, the place of each, and which places are ready to run.
+inline std::vector<unsigned> line;
+inline unsigned place_of[max_block_threads];
+inline uint64_t ready_places[max_block_threads / 64];
+
+inline void make_ready(Thread &thread) {
+  const unsigned place = place_of[&thread - threads];
+  thread.state = State::ready;
+  ready_places[place / 64] |= uint64_t{1} << place % 64;
+}
+
+inline Thread *take_first_ready() {
+  for (unsigned word = 0; word * 64 < block_size; ++word)
+    if (uint64_t &places = ready_places[word]) {
+      const unsigned place = word * 64 + __builtin_ctzll(places);
+      places &= places - 1;
+      return &threads[line[place]];
+    }
+  return nullptr;
+}
+
+// Only while nobody is ready.
+inline void set_line(std::vector<unsigned> threads_in_order) {
+  line = std::move(threads_in_order);
+  for (unsigned place = 0; place < line.size(); ++place) place_of[line[place]] = place;
+}
 
 inline unsigned thread_id() { return static_cast<unsigned>(current - threads); }
 inline unsigned lane_id() { return thread_id() % warpSize; }
@@ -164,7 +193,11 @@ inline void complete(Thread *warp, unsigned mask) {
     if (!(mask >> lane & 1)) continue;
     warp[lane].received = warp[warp[lane].source].offered;
     warp[lane].ballot = ballot;
-    warp[lane].state = State::ready;
+    // The last one to come runs on.
+    if (&warp[lane] == current)
+      current->state = State::ready;
+    else
+      make_ready(warp[lane]);
   }
 }
 
@@ -241,45 +274,38 @@ inline void barrier(Site site) {
   fiber::switch_to(current->fiber, scheduler);
 }
 
-// Opens the barrier once all threads that still run have reached it.
-inline bool release_barrier() {
+// True if every thread that still runs waits at the barrier, and there is such a thread.
+inline bool all_at_barrier() {
   const Thread *first = nullptr;
   for (unsigned i = 0; i < block_size; ++i) {
     if (threads[i].state == State::returned) continue;
-    if (threads[i].state != State::at_barrier) return false;
+    if (threads[i].state != State::at_barrier) {
+      print_threads(0, block_size);
+      fail("divergent barrier: these threads would wait for ever");
+    }
     if (!first) first = &threads[i];
     if (!(threads[i].site == first->site)) {
       print_threads(0, block_size);
       fail("divergent barrier: threads of one block wait at different ones");
     }
   }
-  for (unsigned i = 0; i < block_size; ++i)
-    if (threads[i].state == State::at_barrier) threads[i].state = State::ready;
   return first != nullptr;
 }
 
 inline void run_block(const Order &order, std::mt19937 &random) {
   poison_shared_memory();
+  set_line(order.line_up(block_size, random));
   for (unsigned i = 0; i < block_size; ++i) {
-    threads[i].state = State::ready;
     threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    make_ready(threads[i]);
   }
-  std::vector<unsigned> turns = order.first_turns(block_size);
-  for (bool progress = true; progress;) {
-    progress = false;
-    order.arrange(turns, random);
-    for (unsigned i : turns)
-      if (threads[i].state == State::ready) {
-        resume(threads[i]);
-        progress = true;
-      }
-    progress |= release_barrier();
+  for (;;) {
+    while (Thread *thread = take_first_ready()) resume(*thread);
+    if (!all_at_barrier()) return;
+    set_line(order.line_up(block_size, random));
+    for (unsigned i = 0; i < block_size; ++i)
+      if (threads[i].state == State::at_barrier) make_ready(threads[i]);
   }
-  for (unsigned i = 0; i < block_size; ++i)
-    if (threads[i].state != State::returned) {
-      print_threads(0, block_size);
-      fail("divergent barrier: these threads would wait for ever");
-    }
 }
 
 inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const Order &order, std::function<void()> body) {
@@ -295,9 +321,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const Order &or
   dynamic_shared_memory.reset(new char[shared_bytes]);
 
   std::mt19937 random(order.seed);
-  std::vector<unsigned> turns = order.first_turns(grid.x * grid.y * grid.z);
-  order.arrange(turns, random);
-  for (unsigned i : turns) {
+  for (unsigned i : order.line_up(grid.x * grid.y * grid.z, random)) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     run_block(order, random);
   }

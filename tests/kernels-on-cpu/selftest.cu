@@ -35,6 +35,24 @@ extern "C" __global__ __launch_bounds__(256) void block_sum_by_shuffles_f32(cons
     }
 }
 
+// Two sums through the same scratch: a barrier has to keep the second from overtaking the first.
+template <bool BARRIER>
+__device__ void two_sums(const float* x, float* out) {
+    __shared__ float scratch[8];
+    float sum = x[threadIdx.x];
+    for (int i = 0; i < 2; ++i) {
+        for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
+        __syncthreads();
+        sum = 0.0f;
+        for (int warp = 0; warp < 8; ++warp) sum += scratch[warp];
+        if (BARRIER) __syncthreads();
+    }
+    out[threadIdx.x] = sum;
+}
+extern "C" __global__ void two_sums_f32(const float* x, float* out) { two_sums<true>(x, out); }
+extern "C" __global__ void two_sums_without_barrier_f32(const float* x, float* out) { two_sums<false>(x, out); }
+
 extern "C" __global__ void count_positive_f32(const float* x, unsigned* count, int n) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     const unsigned votes = __ballot_sync(ALL_LANES, i < unsigned(n) && x[i] > 0.0f);
@@ -151,10 +169,6 @@ extern "C" __global__ void dynamic_shared_overrun_f32(float* out) {
     extern __shared__ float slots[];
     slots[threadIdx.x] = 1.0f;
     out[threadIdx.x] = slots[threadIdx.x];
-}
-
-extern "C" __global__ void endless_f32(float* out) {
-    while (atomicAdd(out, 0.0f) == 0.0f) __syncwarp();
 }
 
 // ---- Arguments ---------------------------------------------------------------------------------------

@@ -59,6 +59,15 @@ fn a_missing_barrier_is_noticed() {
 }
 
 #[test]
+fn a_warp_that_overtakes_the_others_is_noticed() {
+    let x = whole_numbers(256);
+    let case = |kernel| one_block(kernel, 256).input(&x).output::<f32>(256);
+    let outputs = SELFTEST.run_one(case("two_sums_f32")).unwrap();
+    assert_eq!(outputs.get::<f32>(0), [x.iter().sum::<f32>() * 256.; 256]);
+    assert_fails(case("two_sums_without_barrier_f32"), &["depends on the order of the threads"]);
+}
+
+#[test]
 fn votes_and_atomics_count() {
     let x: Vec<f32> = (0..1000).map(|i| if i % 3 == 0 { 1.0 } else { -1.0 }).collect();
     let case = Case::new("count_positive_f32", [4, 1, 1], [256, 1, 1], 0)

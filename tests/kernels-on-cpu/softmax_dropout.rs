@@ -74,7 +74,7 @@ fn score_args(queries: usize, additive: Additive, cols: usize, causal: bool) -> 
     let mut bytes = (queries as u64).to_le_bytes().to_vec();
     bytes.extend(row_map(0, stride));
     (additive_cols as u64).append(&mut bytes);
-    [SCALE, SCALE].into_iter().for_each(|scale| scale.append(&mut bytes));
+    [f64::from(SCALE); 2].into_iter().for_each(|scale| scale.append(&mut bytes));
     [u32::from(causal), 0].into_iter().for_each(|word| word.append(&mut bytes));
     bytes
 }

@@ -15,11 +15,12 @@ pub(super) fn fwd(
     residual: Option<(&CpuStorage, &Layout)>,
 ) -> Result<CpuStorage> {
     let mut keep = vec![false; samples];
-    mask.for_each_run(0, samples, samples, |at, _, draws| {
+    let mut runs = mask.runs(0, samples, samples);
+    while let Some((at, _, draws)) = runs.next() {
         for (keep, draw) in keep[at..].iter_mut().zip(draws) {
             *keep = mask.keeps(*draw);
         }
-    });
+    }
     for_float_dtype!(NAME, x, |E| {
         let x = slice::<E>(NAME, x, layout)?;
         let residual =

@@ -32,11 +32,12 @@ vectorized! {
         y: &mut [MaybeUninit<E>],
     ) {
         let scale = E::Real::from_f32(mask.scale());
-        mask.for_each_run(start, x.len(), cols, |at, _, draws| {
+        let mut runs = mask.runs(start, x.len(), cols);
+        while let Some((at, _, draws)) = runs.next() {
             for ((x, draw), y) in x[at..].iter().zip(draws).zip(&mut y[at..]) {
                 let kept = E::store(x.load() * scale);
                 y.write(if mask.keeps(*draw) { kept } else { E::ZERO });
             }
-        })
+        }
     }
 }

@@ -43,7 +43,8 @@ vectorized! {
         y: &mut [MaybeUninit<E>],
     ) {
         let scale = E::Real::from_f32(mask.scale());
-        mask.for_each_run(start, x.len(), cols, |at, col, draws| {
+        let mut runs = mask.runs(start, x.len(), cols);
+        while let Some((at, col, draws)) = runs.next() {
             let n = draws.len();
             let (x, residual, y) = (&x[at..][..n], &residual[at..][..n], &mut y[at..][..n]);
             // Two loops, since a branch on the bias inside one would keep it from vectorising.
@@ -59,7 +60,7 @@ vectorized! {
                     y[i].write(if mask.keeps(draws[i]) { E::store(kept) } else { residual[i] });
                 }
             }
-        })
+        }
     }
 }
 
@@ -104,11 +105,12 @@ vectorized! {
         sums: &mut [E::Real],
     ) {
         let scale = E::Real::from_f32(mask.scale());
-        mask.for_each_run(start, dy.len(), cols, |at, col, draws| {
+        let mut runs = mask.runs(start, dy.len(), cols);
+        while let Some((at, col, draws)) = runs.next() {
             for ((dy, draw), sum) in dy[at..].iter().zip(draws).zip(&mut sums[col..]) {
                 let dx = dy.load() * scale;
                 *sum += if mask.keeps(*draw) { dx } else { E::Real::ZERO };
             }
-        })
+        }
     }
 }

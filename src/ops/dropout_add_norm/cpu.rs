@@ -181,7 +181,8 @@ vectorized! {
             }
             // Step 2: its dropout, added to the stream and rounded as it is stored.
             let residual = residual.map(|residual| &residual[i * cols..][..cols]);
-            mask.for_each_run(start + i * cols, cols, cols, |at, _, draws| {
+            let mut runs = mask.runs(start + i * cols, cols, cols);
+            while let Some((at, _, draws)) = runs.next() {
                 let run = v[at..].iter_mut().zip(draws).zip(&mut z[at..]);
                 match residual {
                     Some(residual) => {
@@ -201,7 +202,7 @@ vectorized! {
                         }
                     }
                 }
-            });
+            }
             norm.norm_row(&mut v, n);
         }
     }

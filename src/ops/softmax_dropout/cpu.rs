@@ -72,12 +72,13 @@ vectorized! {
         {
             let row = start / cols + i;
             let normaliser = exponentials(args, row, scores, additive, &mut p) * drop_scale;
-            drop.for_each_run(row * cols, cols, cols, |at, _, draws| {
+            let mut runs = drop.runs(row * cols, cols, cols);
+            while let Some((at, _, draws)) = runs.next() {
                 for ((p, draw), y) in p[at..].iter().zip(draws).zip(&mut y[at..]) {
                     let kept = E::store(*p * normaliser);
                     y.write(if drop.keeps(*draw) { kept } else { E::ZERO });
                 }
-            });
+            }
         }
     }
 }
@@ -95,7 +96,7 @@ vectorized! {
         dscores: &mut [MaybeUninit<E>],
     ) {
         let drop_scale = E::Real::from_f32(drop.scale());
-        let grad_scale = E::Real::from_f32(args.grad_scale());
+        let grad_scale = E::Real::from_f64(args.grad_scale());
         let (mut p, mut dp) = (vec![E::Real::ZERO; cols], vec![E::Real::ZERO; cols]);
         let rows = scores.chunks_exact(cols).zip(dy.chunks_exact(cols));
         for (i, ((scores, dy), dscores)) in
@@ -103,12 +104,13 @@ vectorized! {
         {
             let row = start / cols + i;
             let normaliser = exponentials(args, row, scores, additive, &mut p);
-            drop.for_each_run(row * cols, cols, cols, |at, _, draws| {
+            let mut runs = drop.runs(row * cols, cols, cols);
+            while let Some((at, _, draws)) = runs.next() {
                 for ((dy, draw), dp) in dy[at..].iter().zip(draws).zip(&mut dp[at..]) {
                     let kept = dy.load() * drop_scale;
                     *dp = if drop.keeps(*draw) { kept } else { E::Real::ZERO };
                 }
-            });
+            }
             let dot = lane_sum(cols, |j| p[j] * dp[j]) * normaliser;
             let scale = normaliser * grad_scale;
             for ((p, dp), dscores) in p.iter().zip(&dp).zip(dscores) {

@@ -27,10 +27,10 @@ pub(crate) struct ScoreArgs {
     additive_rows: RowMap,
     /// Columns of the additive mask: as many as there are keys, or 1 if it is broadcast over them.
     additive_cols: u64,
-    /// Multiplies the scores.
-    scale: f32,
+    /// Multiplies the scores; rounded to f32 where the softmax is computed in f32.
+    scale: f64,
     /// Multiplies the gradient: `scale`, or 1 for the gradient of the additive mask.
-    grad_scale: f32,
+    grad_scale: f64,
     /// 1 if a query sees only the keys up to its own position.
     causal: u32,
     padding: u32,
@@ -53,8 +53,8 @@ impl ScoreArgs {
             queries: dims.len().checked_sub(2).map_or(1, |d| dims[d] as u64),
             additive_rows,
             additive_cols,
-            scale: scale as f32,
-            grad_scale: scale as f32,
+            scale,
+            grad_scale: scale,
             causal: u32::from(causal),
             padding: 0,
         })
@@ -66,10 +66,10 @@ impl ScoreArgs {
     }
 
     pub(super) fn scale(&self) -> f64 {
-        f64::from(self.scale)
+        self.scale
     }
 
-    pub(super) fn grad_scale(&self) -> f32 {
+    pub(super) fn grad_scale(&self) -> f64 {
         self.grad_scale
     }
 

@@ -32,7 +32,7 @@ const NAME: &str = "softmax_dropout";
 ///
 /// # Dtypes
 /// f32, f16, bf16, and f64 on the CPU, one for scores and additive mask. The softmax is computed in
-/// f32 (f64 for f64) whatever the dtype, and rounded once; `scale` is rounded to f32 for all.
+/// f32 (f64 for f64) whatever the dtype, and rounded once.
 ///
 /// # Randomness
 /// `y` is `dropout(softmax(..), drop)` with the same mask, bit for bit. Backward stores neither mask nor
@@ -42,8 +42,8 @@ const NAME: &str = "softmax_dropout";
 ///
 /// # Errors
 /// `scores` is no float tensor, or f64 on CUDA; it has fewer than two dimensions with a causal mask;
-/// `scale` is not finite in f32; the additive mask has another dtype or device or does not broadcast; the
-/// window of `drop` does not fit `scores`.
+/// `scale` is not finite as an f32; the additive mask has another dtype or device or does not
+/// broadcast; the window of `drop` does not fit `scores`.
 ///
 /// Vaswani et al., "Attention is all you need", 2017, arXiv 1706.03762 (eq. 1, with the dropout on the
 /// weights of its reference implementation).

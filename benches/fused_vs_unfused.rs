@@ -1,0 +1,177 @@
+//! The fused ops against candle's own chains, a plain copy and a plain addition, on the CPU in f32.
+//!
+//! ```text
+//! cargo bench --bench fused_vs_unfused                                  # 16M elements
+//! BENCH_ELEMENTS=65536 cargo bench --bench fused_vs_unfused -- --quick  # does it still run?
+//! ```
+//!
+//! Every op returns a fresh tensor, and the page faults of a fresh 64 MB cost more than the arithmetic.
+//! `plain_copy` and `plain_add` write to one warm buffer instead; to compare the inner loops alone,
+//! have malloc reuse warm memory too: `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`.
+//!
+//! Throughput counts the bytes that have to move: each input read and each output written once.
+
+use std::hint::black_box;
+
+use candle_core::{D, Device, Result, Tensor, Var};
+use candle_dropout::{
+    AttentionMask, DropMask, MaskKey, dropout, dropout_add, reference, softmax_dropout,
+};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use rayon::prelude::*;
+
+const DROP_P: f32 = 0.1;
+const COLS: usize = 1024;
+const SCALE: f64 = 0.125;
+
+fn rows() -> usize {
+    let elements = std::env::var("BENCH_ELEMENTS").map_or(1 << 24, |n| n.parse().unwrap());
+    (elements / COLS).max(1)
+}
+
+fn random(seed: u64) -> Var {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let x = (0..rows() * COLS).map(|_| rng.random_range(-2f32..2.)).collect();
+    Var::from_tensor(&Tensor::from_vec(x, (rows(), COLS), &Device::Cpu).unwrap()).unwrap()
+}
+
+fn mask() -> DropMask {
+    DropMask::new(DROP_P, MaskKey::new(42)).unwrap()
+}
+
+/// Times a closure; its result, dropped within the timed region as in use, cannot be optimised away.
+fn time<T>(
+    group: &mut BenchmarkGroup<WallTime>,
+    name: &str,
+    bytes_per_element: usize,
+    mut run: impl FnMut() -> T,
+) {
+    group.throughput(Throughput::Bytes((rows() * COLS * bytes_per_element) as u64));
+    group.bench_function(name, |bencher| bencher.iter(|| black_box(run())));
+}
+
+/// The largest absolute value.
+fn largest(x: &Tensor) -> f32 {
+    let largest = || x.abs()?.flatten_all()?.max(D::Minus1)?.to_scalar();
+    largest().unwrap()
+}
+
+/// Panics unless all elements of two tensors agree to 1e-5 of the largest.
+fn assert_close(ours: &Tensor, exact: &Tensor) {
+    let error = largest(&(ours - exact).unwrap());
+    assert!(error <= 1e-5 * largest(exact), "off by {error}");
+}
+
+/// Checks an op and its gradient against the naive formula with the same mask, and that candle's chain,
+/// whose mask is its own, agrees in the mean absolute value; then times both, forward and forward with
+/// backward.
+fn compare(
+    c: &mut Criterion,
+    name: &str,
+    bytes_per_element: (usize, usize),
+    x: &Var,
+    fused: impl Fn() -> Result<Tensor>,
+    unfused: impl Fn() -> Result<Tensor>,
+    naive: impl Fn(&Tensor, f64) -> Result<Tensor>,
+) {
+    let keep = mask().to_tensor(x.shape(), &Device::Cpu).unwrap();
+    let exact = naive(&keep, f64::from(mask().rate().scale())).unwrap();
+    let ours = fused().unwrap();
+    assert_close(&ours, &exact);
+    let gradient = |y: &Tensor| y.sqr().unwrap().backward().unwrap().get(x).unwrap().clone();
+    assert_close(&gradient(&ours), &gradient(&exact));
+    let size = |y: &Tensor| y.abs().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+    let ratio = size(&unfused().unwrap()) / size(&ours);
+    assert!((ratio - 1.).abs() < 0.01, "candle's chain computes something else: {ratio}");
+
+    let mut group = c.benchmark_group(name);
+    let (forward, backward) = bytes_per_element;
+    time(&mut group, "fused/forward", forward, || fused().unwrap());
+    time(&mut group, "candle/forward", forward, || unfused().unwrap());
+    time(&mut group, "fused/forward_backward", forward + backward, || {
+        fused().unwrap().backward().unwrap()
+    });
+    time(&mut group, "candle/forward_backward", forward + backward, || {
+        unfused().unwrap().backward().unwrap()
+    });
+    group.finish();
+}
+
+/// Calls `f(x, residual, y)` on chunks, with all threads.
+fn in_chunks(
+    x: &[f32],
+    residual: &[f32],
+    y: &mut [f32],
+    f: impl Fn(&[f32], &[f32], &mut [f32]) + Sync,
+) {
+    const CHUNK: usize = 1 << 14;
+    y.par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK).zip(residual.par_chunks(CHUNK)))
+        .for_each(|(y, (x, residual))| f(x, residual, y));
+}
+
+fn add(c: &mut Criterion) {
+    let (x, residual) = (random(1).as_detached_tensor(), random(2).as_detached_tensor());
+    let sum = (&x + &residual).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let elements = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (x_elements, residual_elements) = (elements(&x), elements(&residual));
+    let mut y = vec![1f32; sum.len()];
+    let mut group = c.benchmark_group("add");
+    let copy = |x: &[f32], _: &[f32], y: &mut [f32]| y.copy_from_slice(x);
+    in_chunks(&x_elements, &residual_elements, &mut y, copy);
+    assert_eq!(y, x_elements);
+    time(&mut group, "plain_copy", 8, || in_chunks(&x_elements, &residual_elements, &mut y, copy));
+    let add = |x: &[f32], residual: &[f32], y: &mut [f32]| {
+        for ((x, residual), y) in x.iter().zip(residual).zip(y) {
+            *y = x + residual;
+        }
+    };
+    in_chunks(&x_elements, &residual_elements, &mut y, add);
+    assert_eq!(y, sum);
+    time(&mut group, "plain_add", 12, || in_chunks(&x_elements, &residual_elements, &mut y, add));
+    time(&mut group, "candle", 12, || (&x + &residual).unwrap());
+    group.finish();
+}
+
+fn dropouts(c: &mut Criterion) {
+    let (x, residual) = (random(1), random(2));
+    let candle = candle_nn::Dropout::new(DROP_P);
+    compare(
+        c,
+        "dropout",
+        (8, 8),
+        &x,
+        || dropout(&x, &mask()),
+        || candle.forward(&x, true),
+        |keep, drop_scale| reference::dropout(&x, keep, drop_scale),
+    );
+    compare(
+        c,
+        "dropout_add",
+        (12, 8),
+        &x,
+        || dropout_add(&x, &residual, None, &mask()),
+        || residual.as_tensor() + candle.forward(&x, true)?,
+        |keep, drop_scale| reference::dropout_add(&x, &residual, None, keep, drop_scale),
+    );
+    compare(
+        c,
+        "softmax_dropout",
+        (8, 12),
+        &x,
+        || softmax_dropout(&x, SCALE, &AttentionMask::None, &mask()),
+        || candle.forward(&candle_nn::ops::softmax(&(x.as_tensor() * SCALE)?, D::Minus1)?, true),
+        |keep, drop_scale| {
+            reference::softmax_dropout(&x, SCALE, &AttentionMask::None, keep, drop_scale)
+        },
+    );
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(10);
+    targets = add, dropouts
+}
+criterion_main!(benches);
