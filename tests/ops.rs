@@ -2,10 +2,10 @@
 
 mod common;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_dropout::{
-    AttentionMask, DropMask, MaskKey, Rate, StochasticDepth, drop_path_add, dropout, dropout_add,
-    reference, softmax_dropout,
+    AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, drop_path_add, dropout,
+    dropout_add, dropout_add_norm, reference, softmax_dropout,
 };
 use common::{bits, random};
 use proptest::prelude::*;
@@ -36,9 +36,17 @@ enum Op {
     SoftmaxAdditive,
     DropPathAddRow,
     DropPathAddBatch,
+    LayerNorm,
+    RmsNorm,
+    /// The stream plus its norm, so that a gradient comes from both.
+    DropoutAddNorm,
+    DropoutAddNormBias,
+    /// The norm alone.
+    DropoutNorm,
+    DropoutNormBias,
 }
 
-const OPS: [Op; 8] = [
+const OPS: [Op; 14] = [
     Op::Dropout,
     Op::DropoutAdd,
     Op::DropoutAddBias,
@@ -47,7 +55,16 @@ const OPS: [Op; 8] = [
     Op::SoftmaxAdditive,
     Op::DropPathAddRow,
     Op::DropPathAddBatch,
+    Op::LayerNorm,
+    Op::RmsNorm,
+    Op::DropoutAddNorm,
+    Op::DropoutAddNormBias,
+    Op::DropoutNorm,
+    Op::DropoutNormBias,
 ];
+
+/// Large enough that no row of random numbers is ill-conditioned.
+const NORM_EPS: f64 = 0.1;
 
 impl Op {
     fn takes(self, dims: &[usize]) -> bool {
@@ -65,6 +82,13 @@ impl Op {
             Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
             Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
             Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
+            Op::RmsNorm | Op::DropoutNorm => vec![dims.to_vec(), vec![last]],
+            Op::LayerNorm => vec![dims.to_vec(), vec![last], vec![last]],
+            Op::DropoutAddNorm => vec![dims.to_vec(), dims.to_vec(), vec![last]],
+            Op::DropoutNormBias => vec![dims.to_vec(), vec![last], vec![last], vec![last]],
+            Op::DropoutAddNormBias => {
+                vec![dims.to_vec(), dims.to_vec(), vec![last], vec![last], vec![last]]
+            }
             Op::SoftmaxAdditive => {
                 vec![dims.to_vec(), dims.last().map_or(vec![], |last| vec![*last])]
             }
@@ -87,6 +111,12 @@ impl Op {
             Op::DropoutAddBias => dropout_add(x, &args[1], Some(&args[2]), drop),
             Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
             Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
+            Op::LayerNorm | Op::RmsNorm => self.norm(args).forward(x),
+            _ if self.is_dropout_norm() => {
+                let (residual, bias) = self.residual_and_bias(args);
+                let (z, n) = dropout_add_norm(x, residual, bias, &self.norm(args), drop)?;
+                self.both(z, n)
+            }
             _ => softmax_dropout(x, SCALE, &self.attention_mask(args), drop),
         }
     }
@@ -107,10 +137,58 @@ impl Op {
             Op::DropPathAddRow | Op::DropPathAddBatch => {
                 reference::drop_path_add(x, &args[1], &keep, drop_scale)
             }
+            Op::LayerNorm | Op::RmsNorm => reference::norm(x, &self.norm(args)),
+            _ if self.is_dropout_norm() => {
+                let (residual, bias) = self.residual_and_bias(args);
+                let norm = self.norm(args);
+                let (z, n) =
+                    reference::dropout_add_norm(x, residual, bias, &norm, &keep, drop_scale)?;
+                self.both(z, n)
+            }
             _ => {
                 let mask = self.attention_mask(args);
                 reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
             }
+        }
+    }
+
+    fn is_norm(self) -> bool {
+        matches!(self, Op::LayerNorm | Op::RmsNorm) || self.is_dropout_norm()
+    }
+
+    fn is_dropout_norm(self) -> bool {
+        use Op::*;
+        matches!(self, DropoutAddNorm | DropoutAddNormBias | DropoutNorm | DropoutNormBias)
+    }
+
+    /// What an op with two results is judged by. Candle's sum of empty tensors has no gradient.
+    fn both(self, z: Tensor, n: Tensor) -> Result<Tensor> {
+        match self {
+            Op::DropoutAddNorm | Op::DropoutAddNormBias if n.elem_count() > 0 => z + n,
+            _ => Ok(n),
+        }
+    }
+
+    fn residual_and_bias(self, args: &[Tensor]) -> (Option<&Tensor>, Option<&Tensor>) {
+        match self {
+            Op::DropoutAddNorm => (Some(&args[1]), None),
+            Op::DropoutAddNormBias => (Some(&args[1]), Some(&args[2])),
+            Op::DropoutNormBias => (None, Some(&args[1])),
+            _ => (None, None),
+        }
+    }
+
+    /// Its parameters are the last arguments.
+    fn norm(self, args: &[Tensor]) -> Norm {
+        match (self, args) {
+            (Op::RmsNorm | Op::DropoutAddNorm, [.., weight]) => {
+                Norm::rms_norm(weight.clone(), NORM_EPS)
+            }
+            (Op::DropoutNorm, [.., weight]) => Norm::layer_norm(weight.clone(), None, NORM_EPS),
+            (_, [.., weight, bias]) => {
+                Norm::layer_norm(weight.clone(), Some(bias.clone()), NORM_EPS)
+            }
+            _ => panic!("{self:?} has no norm"),
         }
     }
 
@@ -231,6 +309,7 @@ fn agrees(op: Op, dims: &[Vec<usize>], view: View, drop_p: f32, dtype: DType) ->
         Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => {
             2. * largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?
         }
+        _ if op.is_norm() => largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?,
         _ => 0.,
     };
     for device in devices() {
@@ -322,6 +401,24 @@ fn drop_path_add_agrees_with_its_formula() -> Result<()> {
 }
 
 #[test]
+fn norms_agree_with_their_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::LayerNorm)?;
+    agrees_on_every_shape_rate_and_dtype(Op::RmsNorm)
+}
+
+#[test]
+fn dropout_add_norm_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::DropoutAddNorm)?;
+    agrees_on_every_shape_rate_and_dtype(Op::DropoutAddNormBias)
+}
+
+#[test]
+fn dropout_norm_without_a_residual_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::DropoutNorm)?;
+    agrees_on_every_shape_rate_and_dtype(Op::DropoutNormBias)
+}
+
+#[test]
 fn strided_offset_and_broadcast_arguments_agree_with_the_formula() -> Result<()> {
     for op in OPS {
         for dims in [&[5][..], &[5, 3], &[2, 3, 17], &[2, 3, 4, 5], &[37, 1031]] {
@@ -373,7 +470,7 @@ fn empty_tensors_give_empty_outputs_and_gradients() -> Result<()> {
                 assert_eq!(y.dims(), dims, "{op:?}");
                 let grads = y.backward()?;
                 for var in &vars {
-                    let grad = grads.get(var).unwrap();
+                    let grad = grads.get(var).unwrap_or_else(|| panic!("{op:?} {dims:?} {drop_p}"));
                     assert_eq!(grad.dims(), var.dims(), "{op:?}");
                     assert!(largest(&grad.to_dtype(DType::F64)?)? == 0., "{op:?} {dims:?}");
                 }
