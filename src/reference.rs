@@ -75,7 +75,9 @@ pub fn dropout_add_norm(
 ) -> Result<(Tensor, Tensor)> {
     let z = match (residual, bias) {
         (Some(residual), bias) => dropout_add(x, residual, bias, keep, drop_scale)?,
-        (None, Some(bias)) => dropout(&x.broadcast_add(bias)?, keep, drop_scale)?,
+        (None, Some(bias)) => {
+            dropout(&x.broadcast_add(bias)?.reshape(x.shape())?, keep, drop_scale)?
+        }
         (None, None) => dropout(x, keep, drop_scale)?,
     };
     let n = self::norm(&z, norm)?;
