@@ -22,7 +22,7 @@ pub use layers::{
 };
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
-    AttentionMask, Norm, StochasticDepth, drop_path_add, dropout, dropout_add, dropout_add_norm,
-    softmax_dropout,
+    Activation, AttentionMask, Norm, StochasticDepth, activation_dropout, drop_path_add, dropout,
+    dropout_add, dropout_add_norm, softmax_dropout,
 };
 pub use transformer::{GenerationConfig, Gpt, GptConfig};

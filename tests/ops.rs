@@ -4,8 +4,8 @@ mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_dropout::{
-    AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, drop_path_add, dropout,
-    dropout_add, dropout_add_norm, reference, softmax_dropout,
+    Activation, AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, activation_dropout,
+    drop_path_add, dropout, dropout_add, dropout_add_norm, reference, softmax_dropout,
 };
 use common::{bits, random};
 use proptest::prelude::*;
@@ -44,9 +44,13 @@ enum Op {
     /// The norm alone.
     DropoutNorm,
     DropoutNormBias,
+    GeluTanhDropout,
+    GeluErfDropoutBias,
+    SiluDropout,
+    ReluDropoutBias,
 }
 
-const OPS: [Op; 14] = [
+const OPS: [Op; 18] = [
     Op::Dropout,
     Op::DropoutAdd,
     Op::DropoutAddBias,
@@ -61,6 +65,10 @@ const OPS: [Op; 14] = [
     Op::DropoutAddNormBias,
     Op::DropoutNorm,
     Op::DropoutNormBias,
+    Op::GeluTanhDropout,
+    Op::GeluErfDropoutBias,
+    Op::SiluDropout,
+    Op::ReluDropoutBias,
 ];
 
 /// Large enough that no row of random numbers is ill-conditioned.
@@ -80,6 +88,8 @@ impl Op {
         let last = dims.last().copied().unwrap_or(1);
         match self {
             Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
+            Op::GeluTanhDropout | Op::SiluDropout => vec![dims.to_vec()],
+            Op::GeluErfDropoutBias | Op::ReluDropoutBias => vec![dims.to_vec(), vec![last]],
             Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
             Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
             Op::RmsNorm | Op::DropoutNorm => vec![dims.to_vec(), vec![last]],
@@ -112,6 +122,9 @@ impl Op {
             Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
             Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
             Op::LayerNorm | Op::RmsNorm => self.norm(args).forward(x),
+            _ if self.activation().is_some() => {
+                activation_dropout(x, args.get(1), self.activation().unwrap(), drop)
+            }
             _ if self.is_dropout_norm() => {
                 let (residual, bias) = self.residual_and_bias(args);
                 let (z, n) = dropout_add_norm(x, residual, bias, &self.norm(args), drop)?;
@@ -138,6 +151,10 @@ impl Op {
                 reference::drop_path_add(x, &args[1], &keep, drop_scale)
             }
             Op::LayerNorm | Op::RmsNorm => reference::norm(x, &self.norm(args)),
+            _ if self.activation().is_some() => {
+                let activation = self.activation().unwrap();
+                reference::activation_dropout(x, args.get(1), activation, &keep, drop_scale)
+            }
             _ if self.is_dropout_norm() => {
                 let (residual, bias) = self.residual_and_bias(args);
                 let norm = self.norm(args);
@@ -149,6 +166,16 @@ impl Op {
                 let mask = self.attention_mask(args);
                 reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
             }
+        }
+    }
+
+    fn activation(self) -> Option<Activation> {
+        match self {
+            Op::GeluTanhDropout => Some(Activation::GeluTanh),
+            Op::GeluErfDropoutBias => Some(Activation::GeluErf),
+            Op::SiluDropout => Some(Activation::Silu),
+            Op::ReluDropoutBias => Some(Activation::Relu),
+            _ => None,
         }
     }
 
@@ -398,6 +425,14 @@ fn additive_softmax_dropout_agrees_with_its_formula() -> Result<()> {
 fn drop_path_add_agrees_with_its_formula() -> Result<()> {
     agrees_on_every_shape_rate_and_dtype(Op::DropPathAddRow)?;
     agrees_on_every_shape_rate_and_dtype(Op::DropPathAddBatch)
+}
+
+#[test]
+fn activation_dropout_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::GeluTanhDropout)?;
+    agrees_on_every_shape_rate_and_dtype(Op::GeluErfDropoutBias)?;
+    agrees_on_every_shape_rate_and_dtype(Op::SiluDropout)?;
+    agrees_on_every_shape_rate_and_dtype(Op::ReluDropoutBias)
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! and runs the programs. `selftest` proves that they notice what they are there to notice. Each op has
 //! a module of its name, whose tests launch its kernels with the grids and blocks of `src/launch/`.
 
+mod activation_dropout;
 mod common;
 mod drop_path_add;
 mod dropout;
