@@ -39,16 +39,18 @@ pub struct Timer {
 }
 
 impl Timer {
-    /// Times `run(i)`, which should take its arguments from set `i % sets`; the latest `sets - 1` results
-    /// are kept, so that the memory written to changes as that read from.
+    /// Times `run(set)` with the sets of arguments in turn. On CUDA the results of the last turn are kept,
+    /// so that the memory written to changes as that read from does; on the CPU, where the allocator would
+    /// ask the system for fresh pages, only the latest.
     pub fn time<T>(
         &self,
         sets: usize,
         mut run: impl FnMut(usize) -> candle_core::Result<T>,
     ) -> Result<Timing> {
-        let (mut alive, mut set) = (VecDeque::with_capacity(sets), 0);
+        let kept = if self.device.is_cuda() { sets } else { 1 };
+        let (mut alive, mut set) = (VecDeque::with_capacity(kept), 0);
         let mut launch = || -> Result<()> {
-            if alive.len() == sets {
+            if alive.len() == kept {
                 alive.pop_front();
             }
             alive.push_back(run(set)?);
