@@ -18,9 +18,13 @@ mod kernels {
         println!("cargo:rerun-if-changed=kernels");
         println!("cargo:rerun-if-env-changed=CUDA_COMPUTE_CAP");
         let out = std::env::var("OUT_DIR").map_err(|e| format!("OUT_DIR: {e}"))?;
+        let headers = std::fs::read_dir("kernels")
+            .map_err(|e| format!("kernels: {e}"))?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.extension().is_some_and(|extension| extension == "cuh"));
         cudaforge::KernelBuilder::new()
             .source_glob("kernels/*.cu")
-            .watch(["kernels/philox.cuh", "kernels/rows.cuh", "kernels/elem.cuh", "kernels/reduce.cuh"])
+            .watch(headers)
             .arg("-std=c++17")
             .arg("-O3")
             .build_ptx()

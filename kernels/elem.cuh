@@ -158,6 +158,34 @@ constexpr int TILE = 4;
 template <bool VECTOR>
 constexpr int TILE_OF = VECTOR ? TILE : 1;
 
+// Vectors of its row that a thread keeps: all of them, or one at a time.
+template <bool RESIDENT>
+constexpr int KEPT = RESIDENT ? TILE : 1;
+
+// The walk of a thread over the row that its team has taken: calls body(i, col) for its vectors, i < N, of
+// each stretch of blockDim.x * N vectors.
+template <int N, typename Body>
+__device__ __forceinline__ void for_each_vector(uint64_t cols, Body body) {
+    const uint64_t step = uint64_t(blockDim.x) * WIDTH;
+    for (uint64_t start = threadIdx.x * WIDTH; start < cols; start += N * step) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) body(i, start + i * step);
+    }
+}
+
+// The same, with fetch(i, col) for all vectors of a stretch before body(i, col) for any, so that the loads
+// are in flight together.
+template <int N, typename Fetch, typename Body>
+__device__ __forceinline__ void for_each_vector(uint64_t cols, Fetch fetch, Body body) {
+    const uint64_t step = uint64_t(blockDim.x) * WIDTH;
+    for (uint64_t start = threadIdx.x * WIDTH; start < cols; start += N * step) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) fetch(i, start + i * step);
+#pragma unroll
+        for (int i = 0; i < N; ++i) body(i, start + i * step);
+    }
+}
+
 // How many of the 8 columns from `col` on exist; 0 behind the end of the row.
 __device__ __forceinline__ int count_at(uint64_t col, uint64_t cols) {
     return col < cols ? int(min(cols - col, uint64_t(WIDTH))) : 0;

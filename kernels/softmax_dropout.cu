@@ -81,21 +81,6 @@ struct Row {
     }
 };
 
-// Vectors of its row that a thread keeps: all of them, or one at a time.
-template <bool RESIDENT>
-constexpr int KEPT = RESIDENT ? TILE : 1;
-
-// The walk of a thread over its row: calls body(i, key) for its vectors, i < N, of each stretch of
-// blockDim.x * N vectors.
-template <int N, typename Body>
-__device__ __forceinline__ void for_each_vector(uint64_t keys, Body body) {
-    const uint64_t step = uint64_t(blockDim.x) * WIDTH;
-    for (uint64_t start = threadIdx.x * WIDTH; start < keys; start += N * step) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) body(i, start + i * step);
-    }
-}
-
 // What the steps of a row share: its softmax inputs, then their exponentials. RESIDENT: the row has one
 // stretch, which stays in registers.
 template <bool VECTOR, bool RESIDENT, typename T>

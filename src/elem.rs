@@ -33,6 +33,7 @@ pub(crate) trait Real:
     fn from_f32(x: f32) -> Self;
     fn from_f64(x: f64) -> Self;
     fn recip(self) -> Self;
+    fn sqrt(self) -> Self;
     /// `e^self` for `self <= 0`; within 2 units in the last place, and an exact 0 for -inf.
     fn exp_of_nonpositive(self) -> Self;
 }
@@ -225,6 +226,10 @@ impl Real for f32 {
     fn recip(self) -> Self {
         1. / self
     }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        f32::sqrt(self)
+    }
 
     /// Cody-Waite reduction to `|r| <= ln 2 / 2` and the Cephes polynomial of degree 6; multiplies and
     /// adds stay apart, so every instruction set gives the same bits.
@@ -264,6 +269,10 @@ impl Real for f64 {
     #[inline(always)]
     fn recip(self) -> Self {
         1. / self
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        f64::sqrt(self)
     }
     #[inline(always)]
     fn exp_of_nonpositive(self) -> Self {

@@ -21,22 +21,74 @@ pub(crate) unsafe fn filled<E: Send>(
     unit: usize,
     f: impl Fn(usize, &mut [MaybeUninit<E>]) + Sync,
 ) -> Vec<E> {
+    // SAFETY: the caller's.
+    unsafe { filled_with(len, unit, f) }.0
+}
+
+/// [`filled`], and what `f` returned for each chunk, in order.
+///
+/// # Safety
+/// `f` writes every element of the chunk that it is given.
+pub(crate) unsafe fn filled_with<E: Send, R: Send>(
+    len: usize,
+    unit: usize,
+    f: impl Fn(usize, &mut [MaybeUninit<E>]) -> R + Sync,
+) -> (Vec<E>, Vec<R>) {
     if len == 0 {
-        return Vec::new(); // the unit of an empty tensor may be 0
+        return (Vec::new(), Vec::new()); // the unit of an empty tensor may be 0
     }
     let mut out = Vec::with_capacity(len);
     let spare = &mut out.spare_capacity_mut()[..len];
     #[cfg(target_os = "linux")]
     ask_for_huge_pages(spare);
-    if len <= MIN_ELEMENTS {
-        f(0, spare);
+    let results = if len <= MIN_ELEMENTS {
+        vec![f(0, spare)]
     } else {
-        let chunk = MIN_ELEMENTS.next_multiple_of(unit);
-        spare.par_chunks_mut(chunk).enumerate().for_each(|(i, out)| f(i * chunk, out));
-    }
+        let chunk = chunk_of(unit);
+        let chunks = spare.par_chunks_mut(chunk).enumerate();
+        chunks.map(|(i, out)| f(i * chunk, out)).collect()
+    };
     // SAFETY: the chunks cover `..len`, and `f` has written all of each.
     unsafe { out.set_len(len) };
-    out
+    (out, results)
+}
+
+/// Two vectors of one length, filled together as by [`filled`].
+///
+/// # Safety
+/// `f` writes every element of both chunks that it is given.
+pub(crate) unsafe fn filled_pair<E: Send>(
+    len: usize,
+    unit: usize,
+    f: impl Fn(usize, &mut [MaybeUninit<E>], &mut [MaybeUninit<E>]) + Sync,
+) -> (Vec<E>, Vec<E>) {
+    if len == 0 {
+        return (Vec::new(), Vec::new());
+    }
+    let (mut first, mut second) = (Vec::with_capacity(len), Vec::with_capacity(len));
+    let spare = (&mut first.spare_capacity_mut()[..len], &mut second.spare_capacity_mut()[..len]);
+    #[cfg(target_os = "linux")]
+    {
+        ask_for_huge_pages(spare.0);
+        ask_for_huge_pages(spare.1);
+    }
+    if len <= MIN_ELEMENTS {
+        f(0, spare.0, spare.1);
+    } else {
+        let chunk = chunk_of(unit);
+        let chunks = spare.0.par_chunks_mut(chunk).zip(spare.1.par_chunks_mut(chunk));
+        chunks.enumerate().for_each(|(i, (first, second))| f(i * chunk, first, second));
+    }
+    // SAFETY: the chunks cover `..len`, and `f` has written all of each.
+    unsafe { first.set_len(len) };
+    // SAFETY: as above.
+    unsafe { second.set_len(len) };
+    (first, second)
+}
+
+/// Elements a thread takes at a time.
+fn chunk_of(unit: usize) -> usize {
+    MIN_ELEMENTS.next_multiple_of(unit)
 }
 
 /// Asks for memory in pages of 2 MB, which take one fault where pages of 4 KB take 512.

@@ -8,7 +8,7 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use crate::AttentionMask;
+use crate::{AttentionMask, Norm};
 
 /// `keep ? x * drop_scale : 0`; see [`dropout`](crate::dropout).
 ///
@@ -37,6 +37,51 @@ pub fn dropout_add(
     };
     let kept = (residual + (branch * drop_scale)?)?;
     keep.where_cond(&kept, residual)
+}
+
+/// LayerNorm or RMSNorm over the last dimension; see [`Norm`].
+///
+/// # Errors
+/// The shapes or dtypes differ.
+pub fn norm(z: &Tensor, norm: &Norm) -> Result<Tensor> {
+    if z.rank() == 0 {
+        return self::norm(&z.unsqueeze(0)?, norm)?.squeeze(0);
+    }
+    let centered = match norm.remove_mean() {
+        true => z.broadcast_sub(&z.mean_keepdim(D::Minus1)?)?,
+        false => z.clone(),
+    };
+    let variance = centered.sqr()?.mean_keepdim(D::Minus1)?;
+    let n = centered.broadcast_div(&(variance + norm.eps())?.sqrt()?)?;
+    let n = n.broadcast_mul(norm.weight())?;
+    match norm.bias() {
+        Some(bias) => n.broadcast_add(bias),
+        None => Ok(n),
+    }
+}
+
+/// `z = residual + (keep ? (x + bias) * drop_scale : 0)` and its norm; see
+/// [`dropout_add_norm`](crate::dropout_add_norm).
+///
+/// # Errors
+/// The shapes or dtypes differ.
+pub fn dropout_add_norm(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    norm: &Norm,
+    keep: &Tensor,
+    drop_scale: f64,
+) -> Result<(Tensor, Tensor)> {
+    let z = match (residual, bias) {
+        (Some(residual), bias) => dropout_add(x, residual, bias, keep, drop_scale)?,
+        (None, Some(bias)) => {
+            dropout(&x.broadcast_add(bias)?.reshape(x.shape())?, keep, drop_scale)?
+        }
+        (None, None) => dropout(x, keep, drop_scale)?,
+    };
+    let n = self::norm(&z, norm)?;
+    Ok((z, n))
 }
 
 /// `keep ? softmax(scale * scores + mask) * drop_scale : 0`, with zeros in rows of which every key is

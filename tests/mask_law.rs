@@ -248,8 +248,8 @@ fn shape_and_part() -> impl Strategy<Value = (Vec<usize>, Vec<usize>, Vec<usize>
 }
 
 fn narrow(x: &Tensor, start: &[usize], dims: &[usize]) -> Result<Tensor> {
-    let parts = start.iter().zip(dims).enumerate();
-    parts.fold(Ok(x.clone()), |x, (d, (start, len))| x?.narrow(d, *start, *len))
+    let mut parts = start.iter().zip(dims).enumerate();
+    parts.try_fold(x.clone(), |x, (d, (start, len))| x.narrow(d, *start, *len))
 }
 
 proptest! {

@@ -43,9 +43,33 @@ pub(crate) fn elementwise(rows: usize, cols: usize, multiprocessors: usize) -> L
 /// Softmax kernels: a team takes a row and holds it in registers, up to `THREADS * TILE * WIDTH`
 /// columns.
 pub(crate) fn softmax(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
-    let lanes = cols.div_ceil(WIDTH * TILE).next_power_of_two().clamp(4, THREADS);
-    let teams = if lanes > 32 { 1 } else { THREADS / lanes };
+    let (lanes, teams) = team_of_row(cols);
     Launch::teams(lanes, teams, rows, multiprocessors)
+}
+
+/// Norm kernels, forward: as softmax.
+pub(crate) fn norm(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
+    softmax(rows, cols, multiprocessors)
+}
+
+/// Norm kernels, backward: no more blocks than run at once, since each writes a row of partial sums.
+pub(crate) fn norm_bwd(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
+    let (lanes, teams) = team_of_row(cols);
+    let resident = multiprocessors * (THREADS / (lanes * teams));
+    let blocks = rows.div_ceil(teams).clamp(1, resident);
+    Launch { grid: [blocks as u32, 1, 1], block: [lanes as u32, teams as u32, 1] }
+}
+
+/// The second kernel of [`norm_bwd`]: blocks of 32 columns x 8 threads that share a column, the first row
+/// of the grid for the weight, the second for the bias.
+pub(crate) fn norm_totals(cols: usize) -> Launch {
+    Launch { grid: [cols.div_ceil(32).max(1) as u32, 2, 1], block: [32, 8, 1] }
+}
+
+/// Lanes of the team that holds a row of `cols` columns in registers, if any does, and teams of a block.
+fn team_of_row(cols: usize) -> (usize, usize) {
+    let lanes = cols.div_ceil(WIDTH * TILE).next_power_of_two().clamp(4, THREADS);
+    (lanes, if lanes > 32 { 1 } else { THREADS / lanes })
 }
 
 /// Column sums: blocks of 32 x 8 threads for 256 columns, in `grid[1]` chunks of rows whose sums a
@@ -83,11 +107,14 @@ mod tests {
             for launch in [
                 elementwise(7, cols, MULTIPROCESSORS),
                 softmax(7, cols, MULTIPROCESSORS),
+                norm(7, cols, MULTIPROCESSORS),
+                norm_bwd(7, cols, MULTIPROCESSORS),
+                norm_totals(cols),
                 column_sums(7, cols, MULTIPROCESSORS),
                 column_totals(cols, MULTIPROCESSORS),
             ] {
                 let threads = threads(launch);
-                assert!(threads <= 256 && threads % 32 == 0, "{cols} columns: {launch:?}");
+                assert!(threads <= 256 && threads.is_multiple_of(32), "{cols} columns: {launch:?}");
             }
         }
     }
@@ -99,6 +126,7 @@ mod tests {
                 for launch in [
                     elementwise(rows, cols, MULTIPROCESSORS),
                     softmax(rows, cols, MULTIPROCESSORS),
+                    norm_bwd(rows, cols, MULTIPROCESSORS),
                     column_sums(rows, cols, MULTIPROCESSORS),
                 ] {
                     let [x, y, z] = launch.grid;

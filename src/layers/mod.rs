@@ -2,6 +2,8 @@
 
 mod drop_path;
 mod dropout;
+mod norm;
 
 pub use drop_path::DropPath;
 pub use dropout::{Dropout, set_seed};
+pub use norm::{LayerNorm, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm};

@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn vector_lanes_equal_single_calls() {
         let (key, row, first_block) =
-            ([0x1234_5678, 0x9abc_def0], 0xffff_ffff_0000_0005, u32::MAX - 30);
+            ([0x1234_5678, 0x9abc_def0], 0xffff_ffff_0000_0005, u32::MAX - 90);
         let mut draws = [0; 11 * COLS_PER_FILL];
         draws_in_widest_registers(key, row, first_block, &mut draws);
         for (i, draws) in draws.chunks(COLS_PER_CALL).enumerate() {

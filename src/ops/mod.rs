@@ -3,11 +3,13 @@
 mod drop_path_add;
 mod dropout;
 mod dropout_add;
+mod dropout_add_norm;
 mod softmax_dropout;
 
 pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use dropout::dropout;
 pub use dropout_add::dropout_add;
+pub use dropout_add_norm::{Norm, dropout_add_norm, layer_norm, rms_norm};
 #[cfg(feature = "cuda")]
 pub(crate) use softmax_dropout::ScoreArgs;
 pub use softmax_dropout::{AttentionMask, softmax_dropout};

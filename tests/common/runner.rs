@@ -1,10 +1,10 @@
 //! One runner over (op, device, dtype, shape): an op, forward and each gradient, against its naive
 //! formula in f64 with the same mask.
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_dropout::{
-    AttentionMask, DropMask, MaskKey, Rate, StochasticDepth, drop_path_add, dropout, dropout_add,
-    reference, softmax_dropout,
+    AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, drop_path_add, dropout,
+    dropout_add, dropout_add_norm, reference, softmax_dropout,
 };
 
 use crate::common::random;
@@ -28,9 +28,17 @@ pub enum Op {
     SoftmaxAdditive,
     DropPathAddRow,
     DropPathAddBatch,
+    LayerNorm,
+    RmsNorm,
+    /// The stream plus its norm, so that a gradient comes from both.
+    DropoutAddNorm,
+    DropoutAddNormBias,
+    /// The norm alone.
+    DropoutNorm,
+    DropoutNormBias,
 }
 
-pub const OPS: [Op; 8] = [
+pub const OPS: [Op; 14] = [
     Op::Dropout,
     Op::DropoutAdd,
     Op::DropoutAddBias,
@@ -39,7 +47,16 @@ pub const OPS: [Op; 8] = [
     Op::SoftmaxAdditive,
     Op::DropPathAddRow,
     Op::DropPathAddBatch,
+    Op::LayerNorm,
+    Op::RmsNorm,
+    Op::DropoutAddNorm,
+    Op::DropoutAddNormBias,
+    Op::DropoutNorm,
+    Op::DropoutNormBias,
 ];
+
+/// Large enough that no row of random numbers is ill-conditioned.
+const NORM_EPS: f64 = 0.1;
 
 impl Op {
     pub fn takes(self, dims: &[usize]) -> bool {
@@ -57,6 +74,13 @@ impl Op {
             Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
             Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
             Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
+            Op::RmsNorm | Op::DropoutNorm => vec![dims.to_vec(), vec![last]],
+            Op::LayerNorm => vec![dims.to_vec(), vec![last], vec![last]],
+            Op::DropoutAddNorm => vec![dims.to_vec(), dims.to_vec(), vec![last]],
+            Op::DropoutNormBias => vec![dims.to_vec(), vec![last], vec![last], vec![last]],
+            Op::DropoutAddNormBias => {
+                vec![dims.to_vec(), dims.to_vec(), vec![last], vec![last], vec![last]]
+            }
             Op::SoftmaxAdditive => {
                 vec![dims.to_vec(), dims.last().map_or(vec![], |last| vec![*last])]
             }
@@ -79,6 +103,12 @@ impl Op {
             Op::DropoutAddBias => dropout_add(x, &args[1], Some(&args[2]), drop),
             Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
             Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
+            Op::LayerNorm | Op::RmsNorm => self.norm(args).forward(x),
+            _ if self.is_dropout_norm() => {
+                let (residual, bias) = self.residual_and_bias(args);
+                let (z, n) = dropout_add_norm(x, residual, bias, &self.norm(args), drop)?;
+                self.both(z, n)
+            }
             _ => softmax_dropout(x, SCALE, &self.attention_mask(args), drop),
         }
     }
@@ -99,10 +129,58 @@ impl Op {
             Op::DropPathAddRow | Op::DropPathAddBatch => {
                 reference::drop_path_add(x, &args[1], &keep, drop_scale)
             }
+            Op::LayerNorm | Op::RmsNorm => reference::norm(x, &self.norm(args)),
+            _ if self.is_dropout_norm() => {
+                let (residual, bias) = self.residual_and_bias(args);
+                let norm = self.norm(args);
+                let (z, n) =
+                    reference::dropout_add_norm(x, residual, bias, &norm, &keep, drop_scale)?;
+                self.both(z, n)
+            }
             _ => {
                 let mask = self.attention_mask(args);
                 reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
             }
+        }
+    }
+
+    fn is_norm(self) -> bool {
+        matches!(self, Op::LayerNorm | Op::RmsNorm) || self.is_dropout_norm()
+    }
+
+    fn is_dropout_norm(self) -> bool {
+        use Op::*;
+        matches!(self, DropoutAddNorm | DropoutAddNormBias | DropoutNorm | DropoutNormBias)
+    }
+
+    /// What an op with two results is judged by. Candle's sum of empty tensors has no gradient.
+    fn both(self, z: Tensor, n: Tensor) -> Result<Tensor> {
+        match self {
+            Op::DropoutAddNorm | Op::DropoutAddNormBias if n.elem_count() > 0 => z + n,
+            _ => Ok(n),
+        }
+    }
+
+    fn residual_and_bias(self, args: &[Tensor]) -> (Option<&Tensor>, Option<&Tensor>) {
+        match self {
+            Op::DropoutAddNorm => (Some(&args[1]), None),
+            Op::DropoutAddNormBias => (Some(&args[1]), Some(&args[2])),
+            Op::DropoutNormBias => (None, Some(&args[1])),
+            _ => (None, None),
+        }
+    }
+
+    /// Its parameters are the last arguments.
+    pub fn norm(self, args: &[Tensor]) -> Norm {
+        match (self, args) {
+            (Op::RmsNorm | Op::DropoutAddNorm, [.., weight]) => {
+                Norm::rms_norm(weight.clone(), NORM_EPS)
+            }
+            (Op::DropoutNorm, [.., weight]) => Norm::layer_norm(weight.clone(), None, NORM_EPS),
+            (_, [.., weight, bias]) => {
+                Norm::layer_norm(weight.clone(), Some(bias.clone()), NORM_EPS)
+            }
+            _ => panic!("{self:?} has no norm"),
         }
     }
 
@@ -255,6 +333,7 @@ pub fn beyond_the_naive_error(
         Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => {
             2. * largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?
         }
+        _ if op.is_norm() => largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?,
         _ => 0.,
     };
     let mut found = Vec::new();

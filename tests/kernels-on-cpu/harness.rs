@@ -403,11 +403,8 @@ fn host_source(cuda: &str) -> Result<String, String> {
 }
 
 fn last_identifier(text: &str) -> Result<&str, String> {
-    let identifiers = text.split(|c: char| !c.is_alphanumeric() && c != '_');
-    identifiers
-        .filter(|word| !word.is_empty())
-        .next_back()
-        .ok_or_else(|| format!("no name in `{text}`"))
+    let mut identifiers = text.split(|c: char| !c.is_alphanumeric() && c != '_');
+    identifiers.rfind(|word| !word.is_empty()).ok_or_else(|| format!("no name in `{text}`"))
 }
 
 fn hash(value: &impl Hash) -> u64 {

@@ -8,6 +8,7 @@ mod common;
 mod drop_path_add;
 mod dropout;
 mod dropout_add;
+mod dropout_add_norm;
 mod harness;
 #[path = "../../src/launch/config.rs"]
 mod launch;

@@ -68,17 +68,22 @@ pub fn dropout_add(
     let Some(bias) = bias else {
         return x.apply_op2(&residual, op);
     };
+    check_bias(NAME, bias, &x)?;
+    x.apply_op3(&residual, &bias.contiguous()?, op)
+}
+
+/// Checks that `bias` can be added to each row of `x`.
+pub(super) fn check_bias(op: &str, bias: &Tensor, x: &Tensor) -> Result<()> {
     let (_, cols) = rows_cols(x.dims());
     if bias.dims() != [cols] {
         bail!(
-            "{NAME}: bias: expected shape [{cols}] like the last dimension of x {:?}, got {:?}; \
+            "{op}: bias: expected shape [{cols}] like the last dimension of x {:?}, got {:?}; \
              reshape it to one dimension",
             x.dims(),
             bias.dims()
         )
     }
-    check_alike(NAME, "bias", bias, &x)?;
-    x.apply_op3(&residual, &bias.contiguous()?, op)
+    check_alike(op, "bias", bias, x)
 }
 
 struct DropoutAdd {
@@ -186,8 +191,8 @@ impl CustomOp3 for DropoutAdd {
 }
 
 /// `dbias[c] = Σ_rows (keep ? dy * scale : 0)`, from dy itself and so without the rounding of dx.
-struct DropoutAddBias {
-    mask: MaskArgs,
+pub(super) struct DropoutAddBias {
+    pub(super) mask: MaskArgs,
 }
 
 impl CustomOp1 for DropoutAddBias {

@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, Layout, Result};
 use super::NAME;
 use super::mask::ScoreArgs;
 use crate::elem::{Element, Real, for_float_dtype, rows_cols, slice, storage};
+use crate::lanes::{lane_max, lane_sum};
 use crate::mask::MaskArgs;
 use crate::parallel::filled;
 use crate::simd::vectorized;
@@ -154,38 +155,4 @@ fn exponentials<E: Element>(
     }
     let sum = lane_sum(seen.len(), |j| seen[j]);
     if sum == E::Real::ZERO { sum } else { sum.recip() }
-}
-
-/// Sums and maxima are taken in this many lanes, whatever the register width, so that every
-/// instruction set gives the same bits.
-const LANES: usize = 16;
-
-#[inline(always)]
-fn lane_sum<R: Real>(len: usize, term: impl Fn(usize) -> R) -> R {
-    let mut lanes = [R::ZERO; LANES];
-    let whole = len / LANES * LANES;
-    for start in (0..whole).step_by(LANES) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(start + lane);
-        }
-    }
-    for j in whole..len {
-        lanes[j - whole] += term(j);
-    }
-    lanes.into_iter().sum()
-}
-
-/// The largest element; NaN is passed over.
-#[inline(always)]
-fn lane_max<R: Real>(x: &[R]) -> R {
-    let max = |a: R, b: R| if b > a { b } else { a };
-    let mut lanes = [R::NEG_INFINITY; LANES];
-    let chunks = x.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = max(*lane, *x);
-        }
-    }
-    rest.iter().chain(&lanes).fold(R::NEG_INFINITY, |a, b| max(a, *b))
 }

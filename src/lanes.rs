@@ -1,0 +1,46 @@
+//! Sums and maxima over a row, taken in a fixed number of lanes whatever the register width, so that
+//! every instruction set gives the same bits.
+
+use crate::elem::Real;
+
+const LANES: usize = 16;
+
+/// Terms that are summed before their sum is added to the total: rounding errors grow with the number of
+/// additions in a chain, and rows can be long.
+const BLOCK: usize = 64 * LANES;
+
+/// `Σ term(j)` over `0..len`.
+#[inline(always)]
+pub(crate) fn lane_sum<R: Real>(len: usize, term: impl Fn(usize) -> R) -> R {
+    let mut totals = [R::ZERO; LANES];
+    for block in (0..len).step_by(BLOCK) {
+        let end = len.min(block + BLOCK);
+        let whole = end - (end - block) % LANES;
+        let mut sums = [R::ZERO; LANES];
+        for start in (block..whole).step_by(LANES) {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                *sum += term(start + lane);
+            }
+        }
+        for j in whole..end {
+            sums[j - whole] += term(j);
+        }
+        totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+    }
+    totals.into_iter().sum()
+}
+
+/// The largest element; NaN is passed over.
+#[inline(always)]
+pub(crate) fn lane_max<R: Real>(x: &[R]) -> R {
+    let max = |a: R, b: R| if b > a { b } else { a };
+    let mut lanes = [R::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = max(*lane, *x);
+        }
+    }
+    rest.iter().chain(&lanes).fold(R::NEG_INFINITY, |a, b| max(a, *b))
+}
