@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 SCALE = 0.7  # of the scores, as in the runner of tests/ops.rs
+NORM_EPS = 0.1
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Relative error in norm that a result in the dtype may have.
 TOLERANCE = {"f32": 2e-5, "f16": 3e-3, "bf16": 2e-2}
@@ -102,6 +103,12 @@ def dropout_add_bias(drop, x, residual, bias):
     return residual + drop(x + bias)
 
 
+def dropout_add_norm(drop, x, residual, weight):
+    """The norm and, beside it, the stream."""
+    z = residual + drop(x)
+    return F.rms_norm(z, weight.shape, weight, NORM_EPS), z
+
+
 def softmax_dropout(drop, scores):
     return drop(torch.softmax(scores * SCALE, -1))
 
@@ -114,6 +121,7 @@ OPS = {
     "dropout": (dropout, 1),
     "dropout_add": (dropout_add, 2),
     "dropout_add_bias": (dropout_add_bias, 3),
+    "dropout_add_norm": (dropout_add_norm, 3),
     "softmax_dropout": (softmax_dropout, 1),
     "drop_path_add": (drop_path_add, 2),
 }
@@ -121,16 +129,20 @@ OPS = {
 
 def arguments(name, shape, dtype, device):
     shapes = [shape] * OPS[name][1]
-    if name == "dropout_add_bias":
+    if len(shapes) == 3:  # a bias or a weight
         shapes[2] = shape[-1:]
     return [torch.randn(s, dtype=torch.float32, device=device).to(dtype) for s in shapes]
+
+
+def first(results):
+    return results[0] if isinstance(results, tuple) else results
 
 
 def check(name, op, args, drop_p, dtype):
     """Demands that an op agrees with its formula in f64 under the mask that its results show."""
     args = [a.clone().requires_grad_() for a in args]
     dy = torch.rand_like(args[0]) + 0.5
-    y = op(*args)
+    y = first(op(*args))
     y.backward(dy)
     # Where a gradient arrives, x was kept; a probability is never 0 itself.
     keep = (y if name == "softmax_dropout" else args[0].grad) != 0
@@ -143,7 +155,7 @@ def check(name, op, args, drop_p, dtype):
     wide = [part(a).requires_grad_() for a in args]
     def mask(x):
         return torch.where(kept[:, :1] if x.shape[1] == 1 else kept, x / (1 - drop_p), torch.zeros_like(x))
-    exact = OPS[name][0](mask, *wide)
+    exact = first(OPS[name][0](mask, *wide))
     exact.backward(part(dy))
     results = [(y, exact)] + [(a.grad, w.grad) for a, w in zip(args, wide) if a.dim() == 2]
     for i, (ours, expected) in enumerate(results):
@@ -334,7 +346,7 @@ class Peers:
         def forward_backward(op, at):
             for a in tracked[at]:
                 a.grad = None
-            op(*tracked[at]).backward(dy)
+            first(op(*tracked[at])).backward(dy)
             return [a.grad for a in tracked[at]]
 
         def measure(variant, op):

@@ -13,11 +13,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{D, DType, Device, Tensor, Var};
-use candle_dropout::DropMask;
+use candle_dropout::{DropMask, dropout_add_norm};
 
 use crate::candle_gpt::MatrixProducts;
 use crate::results::{Record, stem, with_extension, write_section};
-use crate::runner::{Op, SCALE, beyond_the_naive_error, mask};
+use crate::runner::{NORM_EPS, Op, SCALE, beyond_the_naive_error, mask};
 use crate::step::{FORMS, Form, Step, check_agree, size};
 use crate::timing::{Budget, Timer, Timing};
 use crate::{Common, bytes, common, cuda, plot};
@@ -40,10 +40,11 @@ pub struct Args {
     no_step: bool,
 }
 
-const OPS: [(&str, Op); 5] = [
+const OPS: [(&str, Op); 6] = [
     ("dropout", Op::Dropout),
     ("dropout_add", Op::DropoutAdd),
     ("dropout_add_bias", Op::DropoutAddBias),
+    ("dropout_add_norm", Op::DropoutAddNorm),
     ("softmax_dropout", Op::Softmax),
     ("drop_path_add", Op::DropPathAddRow),
 ];
@@ -215,33 +216,33 @@ impl Bench {
         let mut records = Vec::new();
         let (ours, theirs) = (["candle-dropout", "fused"], ["candle", "chain"]);
 
-        let time = || timer.time(sets, |set| op.fused(&args[set], &drop));
-        let mut fused = record(ours, "forward", time()?, forward);
-        let chain = timer.time(sets, |set| chain(op, &args[set], drop_p))?;
-        fused.again_ms = Some(time()?.ms);
-        records.extend([fused, record(theirs, "forward", chain, forward)]);
+        let time = || timer.time(sets, |set| fused(op, &args[set], &drop));
+        let mut first = record(ours, "forward", time()?, forward);
+        let other = timer.time(sets, |set| chain(op, &args[set], drop_p))?;
+        first.again_ms = Some(time()?.ms);
+        records.extend([first, record(theirs, "forward", other, forward)]);
 
         let both = forward + backward;
-        let time = || timer.time(sets, |set| op.fused(&tracked[set], &drop)?.backward());
-        let mut fused = record(ours, "forward_backward", time()?, both);
-        let chain = timer.time(sets, |set| self::chain(op, &tracked[set], drop_p)?.backward())?;
-        fused.again_ms = Some(time()?.ms);
-        records.extend([fused, record(theirs, "forward_backward", chain, both)]);
+        let time = || timer.time(sets, |set| fused(op, &tracked[set], &drop)?[0].backward());
+        let mut first = record(ours, "forward_backward", time()?, both);
+        let other = timer.time(sets, |set| chain(op, &tracked[set], drop_p)?[0].backward())?;
+        first.again_ms = Some(time()?.ms);
+        records.extend([first, record(theirs, "forward_backward", other, both)]);
 
-        let fused = tracked.iter().map(|args| op.fused(args, &drop));
-        let fused = fused.collect::<candle_core::Result<Vec<_>>>()?;
-        let free = tracked.iter().map(|args| free_to_go_back(args));
+        let graphs = tracked.iter().map(|args| Ok(fused(op, args, &drop)?.swap_remove(0)));
+        let graphs = graphs.collect::<Result<Vec<_>>>()?;
+        let free = tracked.iter().map(|args| free_to_go_back(op, args));
         let free = free.collect::<candle_core::Result<Vec<_>>>()?;
         let time = || -> Result<Option<Timing>> {
             let edges = timer.time(sets, |set| free[set].backward())?;
-            let whole = timer.time(sets, |set| fused[set].backward())?;
+            let whole = timer.time(sets, |set| graphs[set].backward())?;
             Ok(whole.less(edges))
         };
         // Below the noise there is nothing to report.
         if let (Some(timing), Some(again)) = (time()?, time()?) {
-            let mut fused = record(ours, "backward", timing, backward);
-            fused.again_ms = Some(again.ms);
-            records.push(fused);
+            let mut first = record(ours, "backward", timing, backward);
+            first.again_ms = Some(again.ms);
+            records.push(first);
         }
         self.records.extend(records);
         Ok(())
@@ -304,10 +305,20 @@ impl Timing {
     }
 }
 
-/// A graph with the edges of an op that takes `args`, of which the backward pass is nothing but candle's
-/// own bookkeeping: it passes the gradient on as it is. (A bias has too few elements to count.)
-fn free_to_go_back(args: &[Tensor]) -> candle_core::Result<Tensor> {
+/// The results of an op; backward begins at the first.
+fn fused(op: Op, args: &[Tensor], drop: &DropMask) -> candle_core::Result<Vec<Tensor>> {
+    if op != Op::DropoutAddNorm {
+        return Ok(vec![op.fused(args, drop)?]);
+    }
+    let (z, n) = dropout_add_norm(&args[0], Some(&args[1]), None, &op.norm(args), drop)?;
+    Ok(vec![n, z])
+}
+
+/// A graph with the edges of an op, of which the backward pass is nothing but candle's own bookkeeping:
+/// it passes the gradient on as it is. (A bias or a weight has too few elements to count.)
+fn free_to_go_back(op: Op, args: &[Tensor]) -> candle_core::Result<Tensor> {
     match args {
+        [x, residual, ..] if op == Op::DropoutAddNorm => (x + residual)?.reshape(x.shape()),
         [x] => x.reshape(x.shape()),
         [x, residual, ..] => x + residual,
         [] => candle_core::bail!("an op without arguments"),
@@ -315,22 +326,29 @@ fn free_to_go_back(args: &[Tensor]) -> candle_core::Result<Tensor> {
 }
 
 /// What a user of candle writes; the draws differ from ours.
-fn chain(op: Op, args: &[Tensor], drop_p: f32) -> candle_core::Result<Tensor> {
-    let drop = |x: Tensor| match drop_p {
-        0. => Ok(x),
-        _ => candle_nn::ops::dropout(&x, drop_p),
+fn chain(op: Op, args: &[Tensor], drop_p: f32) -> candle_core::Result<Vec<Tensor>> {
+    let drop = |x: &Tensor| match drop_p {
+        0. => Ok(x.clone()),
+        _ => candle_nn::ops::dropout(x, drop_p),
     };
-    match (op, args) {
-        (Op::Dropout, [x]) => drop(x.clone()),
-        (Op::DropoutAdd, [x, residual]) => residual + drop(x.clone())?,
-        (Op::DropoutAddBias, [x, residual, bias]) => residual + drop(x.broadcast_add(bias)?)?,
-        (Op::Softmax, [scores]) => drop(candle_nn::ops::softmax(&(scores * SCALE)?, D::Minus1)?),
+    let y = match (op, args) {
+        (Op::Dropout, [x]) => drop(x),
+        (Op::DropoutAdd, [x, residual]) => residual + drop(x)?,
+        (Op::DropoutAddBias, [x, residual, bias]) => residual + drop(&x.broadcast_add(bias)?)?,
+        (Op::DropoutAddNorm, [x, residual, weight]) => {
+            let z = (residual + drop(x)?)?;
+            // candle's fast norms end the graph.
+            let n = candle_nn::ops::rms_norm_slow(&z, weight, NORM_EPS as f32)?;
+            return Ok(vec![n, z]);
+        }
+        (Op::Softmax, [scores]) => drop(&candle_nn::ops::softmax(&(scores * SCALE)?, D::Minus1)?),
         (Op::DropPathAddRow, [x, residual]) => {
-            let keep = drop(Tensor::ones((x.dim(0)?, 1), x.dtype(), x.device())?)?;
+            let keep = drop(&Tensor::ones((x.dim(0)?, 1), x.dtype(), x.device())?)?;
             residual + x.broadcast_mul(&keep)?
         }
         _ => candle_core::bail!("no chain for {op:?}"),
-    }
+    };
+    Ok(vec![y?])
 }
 
 /// The output and each gradient of `op(args)` times `dy`, as they lie on the device.
@@ -383,8 +401,8 @@ fn check(op: Op, dims: &[usize], args: &[Tensor], drop: &DropMask, dtype: DType)
         let mut ours = parts(&ours)?;
         let mut exact = with_gradients(naive, &wide_args, &wide(&dy)?)?;
         let mut naive = with_gradients(naive, &args, &dy)?;
-        if count < rows && op == Op::DropoutAddBias {
-            // The gradient of the bias sums over all rows.
+        if count < rows && args.last().is_some_and(|last| last.rank() == 1) {
+            // The gradient of a bias or a weight sums over all rows.
             for results in [&mut ours, &mut exact, &mut naive] {
                 results.pop();
             }
@@ -406,7 +424,7 @@ fn check_chain(op: Op, args: &[Tensor], drop: &DropMask, drop_p: f32) -> Result<
         return Ok(());
     }
     let mean = |y: &Tensor| y.abs()?.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>();
-    let ratio = mean(&chain(op, args, drop_p)?)? / mean(&op.fused(args, drop)?)?;
+    let ratio = mean(&chain(op, args, drop_p)?[0])? / mean(&fused(op, args, drop)?[0])?;
     ensure!(
         (ratio - 1.).abs() < 0.02,
         "candle's chain for {op:?} computes something else: {ratio}"

@@ -56,7 +56,7 @@ pub const OPS: [Op; 14] = [
 ];
 
 /// Large enough that no row of random numbers is ill-conditioned.
-const NORM_EPS: f64 = 0.1;
+pub const NORM_EPS: f64 = 0.1;
 
 impl Op {
     pub fn takes(self, dims: &[usize]) -> bool {
