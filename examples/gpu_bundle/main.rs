@@ -103,7 +103,9 @@ fn main() -> ExitCode {
         "cuda" => match cuda::open() {
             Ok(device) => device,
             Err(error) => {
-                eprintln!("no CUDA device: {error:#}");
+                // The first line: candle may add a backtrace.
+                let reason = format!("{error:#}");
+                eprintln!("no CUDA device: {}", reason.lines().next().unwrap_or_default());
                 return ExitCode::from(NO_DEVICE);
             }
         },

@@ -117,7 +117,7 @@ folder to LD_LIBRARY_PATH. Looked in:"
   LD_LIBRARY_PATH="$library_path" bin/gpu_bundle-cuda memory --small --device cuda --out "$probe" >"$probe/log" 2>&1
   case $? in
     0) ;;
-    3) no_device="$(tail -n 1 "$probe/log")" ;;
+    3) no_device="$(sed -n 's/^no CUDA device: //p' "$probe/log")" ;;
     *) problem "the CUDA program does not run:"; cat "$probe/log"; exit 1 ;;
   esac
 }
