@@ -106,7 +106,8 @@ mod tests {
     #[test]
     fn the_layout_is_that_of_the_kernels() {
         assert_eq!(size_of::<RowMap>(), 64);
-        let offsets = [offset_of!(RowMap, base), offset_of!(RowMap, size), offset_of!(RowMap, stride)];
+        let offsets =
+            [offset_of!(RowMap, base), offset_of!(RowMap, size), offset_of!(RowMap, stride)];
         assert_eq!(offsets, [0, 8, 32]);
     }
 

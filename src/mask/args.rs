@@ -162,8 +162,11 @@ mod tests {
     #[test]
     fn the_layout_is_that_of_the_kernels() {
         assert_eq!(size_of::<MaskArgs>(), 88);
-        let words =
-            [offset_of!(MaskArgs, key), offset_of!(MaskArgs, threshold), offset_of!(MaskArgs, scale)];
+        let words = [
+            offset_of!(MaskArgs, key),
+            offset_of!(MaskArgs, threshold),
+            offset_of!(MaskArgs, scale),
+        ];
         assert_eq!(words, [0, 8, 12]);
         assert_eq!([offset_of!(MaskArgs, col_0), offset_of!(MaskArgs, rows)], [16, 24]);
     }

@@ -105,7 +105,12 @@ impl Mask {
         let drop = DropMask::with_rate(rate, key).window(full, start);
         let keep: Vec<u8> = values(&drop.to_tensor(dims, &Device::Cpu).unwrap());
         let keep = keep.into_iter().map(|keep| keep == 1).collect();
-        Self { drop, args: mask_args(rate, key, [dims, full, start]), keep, scale: rate.scale().into() }
+        Self {
+            drop,
+            args: mask_args(rate, key, [dims, full, start]),
+            keep,
+            scale: rate.scale().into(),
+        }
     }
 
     /// The same at the rate and with the key of most tests.
@@ -243,7 +248,8 @@ pub fn assert_close<T: Element>(got: &[T], expected: &[f64], terms: &[f64], what
     for (at, ((got, expected), terms)) in got.iter().zip(expected).zip(terms).enumerate() {
         let got = got.to_f64();
         let computed = ROUNDINGS * f32_unit * terms;
-        let tolerance = if *terms == 0. { 0. } else { computed + unit * (expected.abs() + computed) + least };
+        let tolerance =
+            if *terms == 0. { 0. } else { computed + unit * (expected.abs() + computed) + least };
         let error = (got - expected).abs();
         assert!(
             error <= tolerance || (got.is_nan() && expected.is_nan()),

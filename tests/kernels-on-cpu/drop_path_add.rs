@@ -45,8 +45,7 @@ fn equals_the_cpu<T: Element>() {
                     .value(size as u64)
                     .by_value(&mask.args),
             );
-            let what =
-                format!("{shape:?}, residual {has_residual}, start {start:?}, p {drop_p}");
+            let what = format!("{shape:?}, residual {has_residual}, start {start:?}, p {drop_p}");
             let keep: Vec<bool> = (0..len).map(|i| mask.keep[i / size]).collect();
             expected.push((values::<T>(&y.unwrap()), values::<T>(&stream), keep, what));
         }

@@ -133,8 +133,7 @@ fn the_mask_is_that_of_an_independent_implementation() {
     let cases = vectors.iter().flat_map(|Vector { mask, keep, .. }| {
         let cols = keep.len();
         let [ones, zeros] = [1f32, 0.].map(|x| vec![x; cols]);
-        let finish =
-            |case: Case| case.value(1u64).value(cols as u64).by_value(&mask.args);
+        let finish = |case: Case| case.value(1u64).value(cols as u64).by_value(&mask.args);
         let fwd = case::<f32>("dropout_add_fwd", elementwise(1, cols, 1));
         let bwd = case::<f32>("dropout_add_bwd_bias", column_sums(1, cols, 1));
         [
