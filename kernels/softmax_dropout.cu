@@ -33,6 +33,10 @@ struct ScoreArgs {
         return end > queries ? end - queries : 0;
     }
 };
+static_assert(sizeof(ScoreArgs) == 104 && offsetof(ScoreArgs, additive_rows) == 8 &&
+                  offsetof(ScoreArgs, additive_cols) == 72 && offsetof(ScoreArgs, scale) == 80 &&
+                  offsetof(ScoreArgs, grad_scale) == 88 && offsetof(ScoreArgs, causal) == 96,
+              "as src/ops/softmax_dropout/mask.rs lays it out");
 
 // Halves round to 8 or 11 bits, so the fast exponential is exact enough for them.
 template <typename T>

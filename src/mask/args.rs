@@ -152,3 +152,22 @@ impl Runs<'_> {
         Some((at, col, self.mask.draws(row, col, run, &mut self.draws)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn the_layout_is_that_of_the_kernels() {
+        assert_eq!(size_of::<MaskArgs>(), 88);
+        let words = [
+            offset_of!(MaskArgs, key),
+            offset_of!(MaskArgs, threshold),
+            offset_of!(MaskArgs, scale),
+        ];
+        assert_eq!(words, [0, 8, 12]);
+        assert_eq!([offset_of!(MaskArgs, col_0), offset_of!(MaskArgs, rows)], [16, 24]);
+    }
+}
