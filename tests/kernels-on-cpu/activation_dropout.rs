@@ -71,3 +71,36 @@ fn equals_the_cpu<T: Element>() {
 fn forward_and_backward_equal_the_cpu() {
     for_each_dtype!(equals_the_cpu());
 }
+
+/// Where the cube within GELU overflows, the slope is 0 or 1 and no NaN.
+fn slopes_are_flat<T: Element>() {
+    let sizes = if size_of::<T>() == 4 || T::DTYPE == DType::BF16 {
+        [257., 6e4, 1e20, 1e38]
+    } else {
+        [257., 1e3, 1e4, 6e4]
+    };
+    let x: Vec<T> = sizes.into_iter().flat_map(|x| [T::from_f64(x), T::from_f64(-x)]).collect();
+    let dy = vec![T::from_f64(1.); x.len()];
+    let ungated = &ACTIVATIONS[..4];
+    let case = |activation: &Activation| {
+        case::<T>("activation_dropout_bwd", elementwise(1, x.len(), MULTIPROCESSORS))
+            .input(&x)
+            .null()
+            .input(&dy)
+            .output::<T>(x.len())
+            .value(1u64)
+            .value(x.len() as u64)
+            .value(*activation as u32)
+            .value_bytes(&mask_args(&mask(0.), [0, 0]))
+    };
+    let cases: Vec<_> = ungated.iter().map(case).collect();
+    for (outputs, activation) in KERNELS.run(&cases).unwrap().iter().zip(ungated) {
+        let expected = [1., 0., 1., 0., 1., 0., 1., 0.];
+        assert_close(&outputs.get::<T>(0), &expected, &format!("{activation:?}"));
+    }
+}
+
+#[test]
+fn gradients_of_large_inputs_are_those_of_the_flat_ends() {
+    for_each_dtype!(slopes_are_flat());
+}
