@@ -27,7 +27,9 @@ struct GeluTanh {
     }
     __device__ __forceinline__ static float slope(float u) {
         const float s = sigmoid(u * (LINEAR + CUBIC * (u * u)));
-        return s + u * s * (1.f - s) * (LINEAR + 3.f * CUBIC * (u * u));
+        // Where the sigmoid is flat, the square may be infinite.
+        const float square = s * (1.f - s) != 0.f ? u * u : 0.f;
+        return s + u * s * (1.f - s) * (LINEAR + 3.f * CUBIC * square);
     }
 };
 

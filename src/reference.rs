@@ -1,5 +1,7 @@
 //! Naive formulas that take a mask, for tests and benches; no op uses them.
 //!
+//! This is test support and outside the crate's promise of stability: it may change in any release.
+//!
 //! Each is a chain of candle operations, written as the formula reads, so it works in every float
 //! dtype: in f64 it is the reference, in the dtype of an op it shows which error the op may have. Its
 //! gradients are candle's own. `keep` is 1 where an element is kept and 0 where it is dropped (u8, as

@@ -72,6 +72,40 @@ fn dropped_infinities_and_nans_vanish() -> Result<()> {
 }
 
 #[test]
+fn gradients_of_large_inputs_are_those_of_the_flat_ends() -> Result<()> {
+    for (dtype, sizes) in [
+        (DType::F64, [1e3, 6e4, 1e20, 1e200]),
+        (DType::F32, [257., 6e4, 1e20, 3e38]),
+        (DType::BF16, [257., 6e4, 1e20, 3e38]),
+        (DType::F16, [257., 1e3, 1e4, 6e4]),
+    ] {
+        for activation in
+            [Activation::GeluTanh, Activation::GeluErf, Activation::Silu, Activation::Relu]
+        {
+            let x = sizes.into_iter().flat_map(|x| [x, -x]).collect::<Vec<f64>>();
+            let x = Var::from_tensor(&Tensor::new(x, &Device::Cpu)?.to_dtype(dtype)?)?;
+            let y = activation_dropout(&x, None, activation, &DropMask::none())?;
+            let dx = y.backward()?.get(&x).unwrap().to_dtype(DType::F64)?.to_vec1::<f64>()?;
+            assert_eq!(dx, [1., 0., 1., 0., 1., 0., 1., 0.], "{activation:?} in {dtype:?}");
+        }
+        for activation in [Activation::SwiGlu, Activation::GeGlu] {
+            // Gate and value side by side.
+            let x: Vec<f64> = sizes.into_iter().flat_map(|x| [x, 0.5, -x, 0.5]).collect();
+            let x = Tensor::from_vec(x, (8, 2), &Device::Cpu)?.to_dtype(dtype)?;
+            let x = Var::from_tensor(&x)?;
+            let y = activation_dropout(&x, None, activation, &DropMask::none())?;
+            let dx = y.backward()?.get(&x).unwrap().to_dtype(DType::F64)?.to_vec2::<f64>()?;
+            let x = x.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+            for (dx, x) in dx.iter().zip(&x) {
+                let expected = if x[0] > 0. { [0.5, x[0]] } else { [0., 0.] };
+                assert_eq!(*dx, expected, "{activation:?} in {dtype:?} at {}", x[0]);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn an_odd_number_of_columns_is_refused_by_a_gated_form() -> Result<()> {
     let x = random(&[2, 3], DType::F32, 1)?;
     let error = activation_dropout(&x, None, Activation::SwiGlu, &DropMask::none()).unwrap_err();

@@ -38,7 +38,10 @@ impl Function for GeluTanh {
         let (linear, cubic) =
             (R::from_f64(1.595_769_121_605_730_8), R::from_f64(0.071_354_816_272_600_25));
         let s = (u * (linear + cubic * (u * u))).sigmoid();
-        s + u * s * (R::ONE - s) * (linear + R::from_f64(3.) * cubic * (u * u))
+        // Where the sigmoid is flat, the square may be infinite.
+        let steep = s * (R::ONE - s) != R::ZERO;
+        let square = if steep { u * u } else { R::ZERO };
+        s + u * s * (R::ONE - s) * (linear + R::from_f64(3.) * cubic * square)
     }
 }
 
