@@ -336,6 +336,10 @@ fn agrees(op: Op, dims: &[Vec<usize>], view: View, drop_p: f32, dtype: DType) ->
         Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => {
             2. * largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?
         }
+        // A slope is a sum of terms of this size, of which each has the error of an exponential.
+        _ if op.activation().is_some() => {
+            4. * f64::from(drop.rate().scale()) * largest(&dy.to_dtype(DType::F64)?)?
+        }
         _ if op.is_norm() => largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?,
         _ => 0.,
     };
