@@ -207,7 +207,8 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
             if (!RESIDENT) load_dp(i, key);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                e[j] = e[j] == 0.f ? 0.f : e[j] * (dp[i][j] - dot) * scale;
+                const bool passes = e[j] != 0.f && drop.threshold != 0;
+                e[j] = passes ? e[j] * (dp[i][j] - dot) * scale : 0.f;
             }
             store<VECTOR>(dscores + r * keys + key, count_at(key, keys), e);
         });

@@ -42,19 +42,22 @@ impl MaskArgs {
                  part of them is a leading dimension"
             )
         }
+        let rows = full_dims[..leading.len()].iter().try_fold(1u128, |rows, &dim| {
+            rows.checked_mul(dim as u128).filter(|rows| *rows <= 1 << 64)
+        });
+        if rows.is_none() {
+            bail!(
+                "{op}: drop.window: expected at most 2^64 rows in the whole, got {full_dims:?}; pass \
+                 the shape of the whole mask"
+            )
+        }
+        // Behind a stride that wraps at 2^64 only dimensions of size 1 can follow.
         let (mut row_0, mut stride) = (0u64, 1u64);
         let mut strides = vec![0; leading.len()];
         for d in (0..leading.len()).rev() {
             strides[d] = stride;
-            // `start` lies in the whole, so it does not overflow where `rows` does not.
-            let rows = stride.checked_mul(full_dims[d] as u64);
-            let Some(rows) = rows else {
-                bail!(
-                    "{op}: drop.window: expected at most 2^64 rows in the whole, got {full_dims:?}"
-                )
-            };
-            row_0 += stride * start[d] as u64;
-            stride = rows;
+            row_0 = row_0.wrapping_add(stride.wrapping_mul(start[d] as u64));
+            stride = stride.wrapping_mul(full_dims[d] as u64);
         }
         let Some(rows) = RowMap::new(leading, &strides, row_0) else {
             bail!(
