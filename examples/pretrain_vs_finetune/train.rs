@@ -15,7 +15,7 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{SeedableRng, rngs::StdRng};
 use serde::Serialize;
 
-use crate::corpus::{Document, Window, all_windows, spread, windows};
+use super::corpus::{Document, Window, all_windows, spread, windows};
 
 /// Weights by name.
 pub type Weights = BTreeMap<String, Tensor>;
