@@ -87,7 +87,9 @@ ops_of() {
   case "$1" in
     *.cu) basename "$1" .cu ;;
     *)
-      grep -l "#include \"$(basename "$1")\"" kernels/* | while read -r includer; do ops_of "$includer"; done | sort -u ;;
+      # `dropout` first: it is the fastest to build and run.
+      grep -l "#include \"$(basename "$1")\"" kernels/* | while read -r includer; do ops_of "$includer"; done |
+        sort -u | sed -n '/^dropout$/!H;/^dropout$/p;${x;s/^\n//p}' ;;
   esac
 }
 
