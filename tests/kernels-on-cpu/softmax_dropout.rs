@@ -137,8 +137,6 @@ fn formula<T: Element>(
         let e: Vec<f64> =
             t.iter().map(|t| if *t == f64::NEG_INFINITY { 0. } else { (t - max).exp() }).collect();
         let sum: f64 = e.iter().sum();
-        // Where nothing is kept nothing comes back.
-        let nothing = drop_scale == &0.;
         let p: Vec<f64> = e.iter().map(|e| if sum == 0. { 0. } else { e / sum }).collect();
         let dp: Vec<f64> = (dy.iter().zip(keep).zip(&p))
             .map(|((dy, keep), p)| if *keep && *p != 0. { dy.to_f64() * drop_scale } else { 0. })
@@ -150,10 +148,7 @@ fn formula<T: Element>(
             y.values.push(kept);
             y.terms.push(kept);
             for (gradient, grad_scale) in [(&mut dscores, SCALE), (&mut dt, 1.)] {
-                let (value, terms) = match nothing {
-                    true => (0., 0.),
-                    false => (p * (dp - dot), p * (dp.abs() + dot_terms)),
-                };
+                let (value, terms) = (p * (dp - dot), p * (dp.abs() + dot_terms));
                 gradient.values.push(grad_scale * value);
                 gradient.terms.push(grad_scale * terms);
             }
@@ -178,8 +173,8 @@ fn equals_the_formula<T: Element>(forms: &[Form]) {
         let passes =
             [("fwd", args, y), ("bwd", args, dscores), ("bwd", args.with_unit_gradient(), dt)];
         for (pass, args, result) in passes {
-            // A NaN in a row is in its gradient, too, unless nothing is kept.
-            if pass == "bwd" && form.poison == Poison::InScores && form.mask.scale != 0. {
+            // A NaN among the scores makes the gradient of its row one; at p = 1 no backward pass is launched.
+            if pass == "bwd" && form.poison == Poison::InScores {
                 continue;
             }
             let launch = softmax(rows, keys, MULTIPROCESSORS[at % 2]);
