@@ -63,7 +63,8 @@ pub fn activation_dropout(
             (&u * ((&u * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.)?)?.affine(0.5, 0.)?
         }
         Activation::Silu => u.silu()?,
-        Activation::Relu => u.relu()?,
+        // Candle's own has the slope 1 at 0.
+        Activation::Relu => (&u * u.gt(0.)?.to_dtype(u.dtype())?)?,
         Activation::SwiGlu => (halves()?[0].silu()? * &halves()?[1])?,
         Activation::GeGlu => (gelu(&halves()?[0])? * &halves()?[1])?,
     };

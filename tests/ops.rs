@@ -1,364 +1,25 @@
 //! Every op against its naive formula, forward and each gradient, and the promises of its docs.
 
 mod common;
+#[path = "common/runner.rs"]
+mod runner;
 
-use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_dropout::{
-    Activation, AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, activation_dropout,
-    drop_path_add, dropout, dropout_add, dropout_add_norm, reference, softmax_dropout,
+    AttentionMask, DropMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
 };
 use common::{bits, random};
 use proptest::prelude::*;
-
-const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
-
-/// The scale of the scores; no f32 holds it exactly.
-const SCALE: f64 = 0.7;
-
-fn mask(drop_p: f32) -> DropMask {
-    DropMask::new(drop_p, MaskKey::derive(42, 7)).unwrap()
-}
+use runner::{DTYPES, OPS, Op, SCALE, View, disagreements, epsilon, error, largest, mask, run};
 
 /// The CPU, and a GPU if there is one that this build can use.
 fn devices() -> Vec<Device> {
     [Ok(Device::Cpu), Device::new_cuda(0)].into_iter().flatten().collect()
 }
 
-// ---- the runner ----
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Op {
-    Dropout,
-    DropoutAdd,
-    DropoutAddBias,
-    Softmax,
-    SoftmaxCausal,
-    SoftmaxAdditive,
-    DropPathAddRow,
-    DropPathAddBatch,
-    LayerNorm,
-    RmsNorm,
-    /// The stream plus its norm, so that a gradient comes from both.
-    DropoutAddNorm,
-    DropoutAddNormBias,
-    /// The norm alone.
-    DropoutNorm,
-    DropoutNormBias,
-    GeluTanhDropout,
-    GeluErfDropoutBias,
-    SiluDropout,
-    ReluDropoutBias,
-}
-
-const OPS: [Op; 18] = [
-    Op::Dropout,
-    Op::DropoutAdd,
-    Op::DropoutAddBias,
-    Op::Softmax,
-    Op::SoftmaxCausal,
-    Op::SoftmaxAdditive,
-    Op::DropPathAddRow,
-    Op::DropPathAddBatch,
-    Op::LayerNorm,
-    Op::RmsNorm,
-    Op::DropoutAddNorm,
-    Op::DropoutAddNormBias,
-    Op::DropoutNorm,
-    Op::DropoutNormBias,
-    Op::GeluTanhDropout,
-    Op::GeluErfDropoutBias,
-    Op::SiluDropout,
-    Op::ReluDropoutBias,
-];
-
-/// Large enough that no row of random numbers is ill-conditioned.
-const NORM_EPS: f64 = 0.1;
-
-impl Op {
-    fn takes(self, dims: &[usize]) -> bool {
-        match self {
-            Op::SoftmaxCausal => dims.len() >= 2,
-            Op::DropPathAddRow => !dims.is_empty(),
-            _ => true,
-        }
-    }
-
-    /// The shapes of its arguments, if `x` or the scores have this one.
-    fn arguments(self, dims: &[usize]) -> Vec<Vec<usize>> {
-        let last = dims.last().copied().unwrap_or(1);
-        match self {
-            Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
-            Op::GeluTanhDropout | Op::SiluDropout => vec![dims.to_vec()],
-            Op::GeluErfDropoutBias | Op::ReluDropoutBias => vec![dims.to_vec(), vec![last]],
-            Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
-            Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
-            Op::RmsNorm | Op::DropoutNorm => vec![dims.to_vec(), vec![last]],
-            Op::LayerNorm => vec![dims.to_vec(), vec![last], vec![last]],
-            Op::DropoutAddNorm => vec![dims.to_vec(), dims.to_vec(), vec![last]],
-            Op::DropoutNormBias => vec![dims.to_vec(), vec![last], vec![last], vec![last]],
-            Op::DropoutAddNormBias => {
-                vec![dims.to_vec(), dims.to_vec(), vec![last], vec![last], vec![last]]
-            }
-            Op::SoftmaxAdditive => {
-                vec![dims.to_vec(), dims.last().map_or(vec![], |last| vec![*last])]
-            }
-        }
-    }
-
-    fn mask_dims(self, dims: &[usize]) -> Vec<usize> {
-        match self {
-            Op::DropPathAddRow => vec![1, dims[0]],
-            Op::DropPathAddBatch => vec![1, 1],
-            _ => dims.to_vec(),
-        }
-    }
-
-    fn fused(self, args: &[Tensor], drop: &DropMask) -> Result<Tensor> {
-        let x = &args[0];
-        match self {
-            Op::Dropout => dropout(x, drop),
-            Op::DropoutAdd => dropout_add(x, &args[1], None, drop),
-            Op::DropoutAddBias => dropout_add(x, &args[1], Some(&args[2]), drop),
-            Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
-            Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
-            Op::LayerNorm | Op::RmsNorm => self.norm(args).forward(x),
-            _ if self.activation().is_some() => {
-                activation_dropout(x, args.get(1), self.activation().unwrap(), drop)
-            }
-            _ if self.is_dropout_norm() => {
-                let (residual, bias) = self.residual_and_bias(args);
-                let (z, n) = dropout_add_norm(x, residual, bias, &self.norm(args), drop)?;
-                self.both(z, n)
-            }
-            _ => softmax_dropout(x, SCALE, &self.attention_mask(args), drop),
-        }
-    }
-
-    fn naive(self, args: &[Tensor], drop: &DropMask) -> Result<Tensor> {
-        let x = &args[0];
-        let keep = drop.to_tensor(self.mask_dims(x.dims()), x.device())?;
-        // Nothing is kept at a scale of 0, and candle ends the graph at a multiplication by 0.
-        let drop_scale = match drop.rate() {
-            Rate::DROP_ALL => 1.,
-            rate => f64::from(rate.scale()),
-        };
-        match self {
-            Op::Dropout => reference::dropout(x, &keep, drop_scale),
-            Op::DropoutAdd | Op::DropoutAddBias => {
-                reference::dropout_add(x, &args[1], args.get(2), &keep, drop_scale)
-            }
-            Op::DropPathAddRow | Op::DropPathAddBatch => {
-                reference::drop_path_add(x, &args[1], &keep, drop_scale)
-            }
-            Op::LayerNorm | Op::RmsNorm => reference::norm(x, &self.norm(args)),
-            _ if self.activation().is_some() => {
-                let activation = self.activation().unwrap();
-                reference::activation_dropout(x, args.get(1), activation, &keep, drop_scale)
-            }
-            _ if self.is_dropout_norm() => {
-                let (residual, bias) = self.residual_and_bias(args);
-                let norm = self.norm(args);
-                let (z, n) =
-                    reference::dropout_add_norm(x, residual, bias, &norm, &keep, drop_scale)?;
-                self.both(z, n)
-            }
-            _ => {
-                let mask = self.attention_mask(args);
-                reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
-            }
-        }
-    }
-
-    fn activation(self) -> Option<Activation> {
-        match self {
-            Op::GeluTanhDropout => Some(Activation::GeluTanh),
-            Op::GeluErfDropoutBias => Some(Activation::GeluErf),
-            Op::SiluDropout => Some(Activation::Silu),
-            Op::ReluDropoutBias => Some(Activation::Relu),
-            _ => None,
-        }
-    }
-
-    fn is_norm(self) -> bool {
-        matches!(self, Op::LayerNorm | Op::RmsNorm) || self.is_dropout_norm()
-    }
-
-    fn is_dropout_norm(self) -> bool {
-        use Op::*;
-        matches!(self, DropoutAddNorm | DropoutAddNormBias | DropoutNorm | DropoutNormBias)
-    }
-
-    /// What an op with two results is judged by. Candle's sum of empty tensors has no gradient.
-    fn both(self, z: Tensor, n: Tensor) -> Result<Tensor> {
-        match self {
-            Op::DropoutAddNorm | Op::DropoutAddNormBias if n.elem_count() > 0 => z + n,
-            _ => Ok(n),
-        }
-    }
-
-    fn residual_and_bias(self, args: &[Tensor]) -> (Option<&Tensor>, Option<&Tensor>) {
-        match self {
-            Op::DropoutAddNorm => (Some(&args[1]), None),
-            Op::DropoutAddNormBias => (Some(&args[1]), Some(&args[2])),
-            Op::DropoutNormBias => (None, Some(&args[1])),
-            _ => (None, None),
-        }
-    }
-
-    /// Its parameters are the last arguments.
-    fn norm(self, args: &[Tensor]) -> Norm {
-        match (self, args) {
-            (Op::RmsNorm | Op::DropoutAddNorm, [.., weight]) => {
-                Norm::rms_norm(weight.clone(), NORM_EPS)
-            }
-            (Op::DropoutNorm, [.., weight]) => Norm::layer_norm(weight.clone(), None, NORM_EPS),
-            (_, [.., weight, bias]) => {
-                Norm::layer_norm(weight.clone(), Some(bias.clone()), NORM_EPS)
-            }
-            _ => panic!("{self:?} has no norm"),
-        }
-    }
-
-    fn attention_mask(self, args: &[Tensor]) -> AttentionMask {
-        match self {
-            Op::SoftmaxCausal => AttentionMask::Causal,
-            Op::SoftmaxAdditive => AttentionMask::Additive(args[1].clone()),
-            _ => AttentionMask::None,
-        }
-    }
-}
-
-/// How the arguments of an op lie in memory.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum View {
-    Contiguous,
-    /// The last two dimensions swapped.
-    Transposed,
-    /// The middle of something larger.
-    Offset,
-    /// One entry of the first dimension, repeated; a bias stays as it is, since candle would sum its
-    /// gradient in the dtype.
-    Broadcast,
-}
-
-impl View {
-    /// The shape of what is viewed as `dims`.
-    fn base(self, dims: &[usize]) -> Vec<usize> {
-        let (mut base, rank) = (dims.to_vec(), dims.len());
-        match self {
-            View::Transposed if rank >= 2 => base.swap(rank - 2, rank - 1),
-            View::Offset if rank >= 1 => base[0] += 3,
-            View::Broadcast if rank >= 2 => base[0] = 1,
-            _ => {}
-        }
-        base
-    }
-
-    fn of(self, base: &Tensor, dims: &[usize]) -> Result<Tensor> {
-        let rank = dims.len();
-        match self {
-            View::Transposed if rank >= 2 => base.transpose(rank - 2, rank - 1),
-            View::Offset if rank >= 1 => base.narrow(0, 2, dims[0]),
-            View::Broadcast => base.broadcast_as(dims),
-            _ => Ok(base.clone()),
-        }
-    }
-}
-
-/// The output of an op and the gradient of each of its arguments, as f64 on the CPU.
-///
-/// The arguments are inner nodes of the graph, twice a variable each, and views of it.
-fn run(
-    op: impl Fn(&[Tensor]) -> Result<Tensor>,
-    bases: &[Tensor],
-    dims: &[Vec<usize>],
-    view: View,
-    dy: &Tensor,
-) -> Result<Vec<Tensor>> {
-    let vars = bases.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
-    let args = vars
-        .iter()
-        .zip(dims)
-        .map(|(var, dims)| view.of(&(var.as_tensor() * 2.)?, dims))
-        .collect::<Result<Vec<_>>>()?;
-    let y = op(&args)?;
-    let grads = (&y * dy)?.backward()?;
-    let mut results = vec![y];
-    for (i, var) in vars.iter().enumerate() {
-        let grad = grads.get(var).unwrap_or_else(|| panic!("argument {i} has no gradient"));
-        assert_eq!(grad.dims(), var.dims(), "gradient of argument {i}");
-        results.push(grad.clone());
-    }
-    results.iter().map(|x| x.to_device(&Device::Cpu)?.to_dtype(DType::F64)).collect()
-}
-
-/// The largest difference of two tensors; infinite if one is no number where the other is.
-fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
-    assert_eq!(a.dims(), b.dims());
-    let differences = (a - b)?.flatten_all()?.to_vec1::<f64>()?;
-    Ok(differences.iter().fold(0., |worst, d| match d.is_nan() {
-        true => f64::INFINITY,
-        false => d.abs().max(worst),
-    }))
-}
-
-fn largest(x: &Tensor) -> Result<f64> {
-    error(x, &x.zeros_like()?)
-}
-
-/// The distance from 1 to the next number; for f64, whose naive formula is the reference itself, that
-/// of a sum of 65,537 terms in another order.
-fn epsilon(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => 256. * f64::EPSILON,
-        DType::F32 => f64::from(f32::EPSILON),
-        DType::F16 => f64::from(half::f16::EPSILON),
-        _ => f64::from(half::bf16::EPSILON),
-    }
-}
-
-/// Asserts that an op and each gradient are as close to the formula in f64 as the naive formula in the
-/// dtype of the op is, with arguments of the given shapes.
+/// Asserts that an op and each gradient agree with the formula on every device.
 fn agrees(op: Op, dims: &[Vec<usize>], view: View, drop_p: f32, dtype: DType) -> Result<()> {
-    let drop = mask(drop_p);
-    let bases = dims
-        .iter()
-        .enumerate()
-        .map(|(i, dims)| random(&view.base(dims), dtype, i as u64))
-        .collect::<Result<Vec<_>>>()?;
-    let dy = random(&dims[0], dtype, 9)?;
-    let naive = |args: &[Tensor]| op.naive(args, &drop);
-    let wide = bases.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
-    let exact = run(naive, &wide, dims, view, &dy.to_dtype(DType::F64)?)?;
-    let naive = run(naive, &bases, dims, view, &dy)?;
-    // The terms of a gradient of softmax cancel, in part or wholly, and their size is what rounds.
-    let terms = match op {
-        Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => {
-            2. * largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?
-        }
-        _ if op.is_norm() => largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?,
-        _ => 0.,
-    };
-    for device in devices() {
-        if device.is_cuda() && dtype == DType::F64 {
-            continue;
-        }
-        let bases = bases.iter().map(|x| x.to_device(&device)).collect::<Result<Vec<_>>>()?;
-        let fused = |args: &[Tensor]| op.fused(args, &drop);
-        let ours = run(fused, &bases, dims, view, &dy.to_device(&device)?)?;
-        for (i, ((ours, naive), exact)) in ours.iter().zip(&naive).zip(&exact).enumerate() {
-            let (ours, naive) = (error(ours, exact)?, error(naive, exact)?);
-            let magnitude = largest(exact)?.max(if i == 0 { 0. } else { terms });
-            let bound = 2. * naive + epsilon(dtype) * magnitude;
-            let what = if i == 0 { "output".into() } else { format!("gradient {i}") };
-            assert!(
-                ours <= bound,
-                "{op:?} {dims:?} {view:?} drop_p {drop_p} {dtype:?} {:?}: {what} is off by {ours:e}, \
-                 the naive formula by {naive:e}",
-                device.location()
-            );
-        }
-    }
+    assert_eq!(disagreements(op, dims, view, drop_p, dtype, &devices())?, [""; 0]);
     Ok(())
 }
 
@@ -1024,4 +685,47 @@ fn tensors_of_more_than_2_to_the_31_elements_draw_the_mask_of_their_rows() -> Re
     std::mem::drop(y);
     let y = softmax_dropout(&x, 1., &AttentionMask::None, &drop)?;
     same_bits(&y.narrow(0, rows - 7, 7)?.ne(0.)?, &end, "softmax_dropout")
+}
+
+#[test]
+fn a_key_of_probability_0_passes_nothing_on_whatever_arrives_there() -> Result<()> {
+    let scores = Var::new(&[[1f32, 2., 3.], [4., 5., 6.], [7., 8., 9.]], &Device::Cpu)?;
+    let poison = [[0.5f32, f32::INFINITY, f32::NAN], [1., -2., f32::NEG_INFINITY], [1., 2., 3.]];
+    let clean = [[0.5f32, 0., 0.], [1., -2., 0.], [1., 2., 3.]];
+    let blind = Tensor::full(f32::NEG_INFINITY, (3, 3), &Device::Cpu)?;
+    let gradient = |attention: &AttentionMask, dy: [[f32; 3]; 3]| -> Result<Vec<Vec<f32>>> {
+        let y = softmax_dropout(&scores, 0.7, attention, &mask(0.))?;
+        let loss = (y * Tensor::new(&dy, &Device::Cpu)?)?;
+        let grads = loss.backward()?;
+        grads.get(&scores).expect("a gradient").to_vec2()
+    };
+    let causal = gradient(&AttentionMask::Causal, clean)?;
+    assert_eq!(gradient(&AttentionMask::Causal, poison)?, causal);
+    let zeros = vec![vec![0.; 3]; 3];
+    assert_eq!(gradient(&AttentionMask::Additive(blind), poison)?, zeros);
+    Ok(())
+}
+
+#[test]
+fn at_p_1_even_nan_scores_get_zero_gradients() -> Result<()> {
+    let scores = Var::new(&[[f32::NAN, 1., 2.], [f32::INFINITY, 0., 1.]], &Device::Cpu)?;
+    let additive = Var::new(&[[f32::NAN, 0., f32::NEG_INFINITY]], &Device::Cpu)?;
+    for attention in [AttentionMask::None, AttentionMask::Additive(additive.as_tensor().clone())] {
+        let y = softmax_dropout(&scores, 1., &attention, &mask(1.))?;
+        assert_eq!(y.to_vec2::<f32>()?, [[0.; 3]; 2]);
+        let grads = y.backward()?;
+        assert_eq!(grads.get(&scores).expect("a gradient").to_vec2::<f32>()?, [[0.; 3]; 2]);
+        if let AttentionMask::Additive(_) = attention {
+            assert_eq!(grads.get(&additive).expect("a gradient").to_vec2::<f32>()?, [[0.; 3]]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_window_of_a_whole_with_too_many_rows_is_refused() {
+    let x = Tensor::zeros((1, 1, 1, 8), DType::F32, &Device::Cpu).unwrap();
+    let drop = mask(0.5).window(&[1 << 20, 1 << 40, 1 << 30, 8], &[0; 4]);
+    let error = dropout(&x, &drop).unwrap_err().to_string();
+    assert!(error.contains("dropout: drop.window: expected at most 2^64 rows"), "{error}");
 }

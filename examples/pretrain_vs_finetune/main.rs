@@ -31,13 +31,18 @@ use clap::Parser;
 use corpus::{Document, Splits, Window};
 use progress::Progress;
 use report::{Report, TextReport};
-use settings::{Args, Settings};
+pub use settings::Args;
+use settings::Settings;
 use train::{Phase, Run, RunResult, Shared, Task, check_guards, side_by_side, train};
 
 fn main() -> Result<()> {
+    run(&Args::parse())
+}
+
+/// The whole job, to its report. Call it before any thread is started.
+pub fn run(args: &Args) -> Result<()> {
     one_thread_a_run();
-    let args = Args::parse();
-    let report = job(&args)?;
+    let report = job(args)?;
     report.print();
     report.write(&args.out)
 }
@@ -75,7 +80,7 @@ fn job(args: &Args) -> Result<Report> {
 /// long). Here every run keeps to its thread.
 fn one_thread_a_run() {
     for name in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
-        // SAFETY: `main` calls this before it starts any thread, so nothing reads the environment
+        // SAFETY: `run` calls this before any thread is started, so nothing reads the environment
         // meanwhile.
         unsafe { std::env::set_var(name, "1") }
     }

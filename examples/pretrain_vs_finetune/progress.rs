@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::train::{Phase, RunResult};
+use super::train::{Phase, RunResult};
 
 pub struct Progress {
     bar: Option<ProgressBar>,

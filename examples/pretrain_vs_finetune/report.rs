@@ -8,10 +8,10 @@ use anyhow::{Context, Result, anyhow};
 use plotters::prelude::*;
 use serde::Serialize;
 
-use crate::corpus::{GUARD_BYTES, Splits};
-use crate::settings::Settings;
-use crate::stats::{PairedDifference, bootstrap_documents, holm, mean, standard_error};
-use crate::train::{Evaluation, Outcome, Phase, RunResult};
+use super::corpus::{GUARD_BYTES, Splits};
+use super::settings::Settings;
+use super::stats::{PairedDifference, bootstrap_documents, holm, mean, standard_error};
+use super::train::{Evaluation, Outcome, Phase, RunResult};
 
 const BOOTSTRAP_DRAWS: usize = 10_000;
 
@@ -39,7 +39,7 @@ struct HeldOut {
 
 impl TextReport {
     pub fn new(hash: u64, pretrain: &Splits, finetune: &Splits, settings: &Settings) -> Self {
-        let epochs = |recipe: &crate::train::Recipe, bytes: usize| {
+        let epochs = |recipe: &super::train::Recipe, bytes: usize| {
             (recipe.steps * recipe.batch * settings.context) as f64 / bytes as f64
         };
         let (pretrain_bytes, finetune_bytes) = (pretrain.bytes(), finetune.bytes());
@@ -503,8 +503,8 @@ fn best_set(rows: &[Row]) -> (f32, Vec<f32>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::train::{CurvePoint, Run};
     use super::*;
-    use crate::train::{CurvePoint, Run};
 
     /// Runs whose dev and test losses are `base + effect(p) + seed noise`.
     fn runs(effect: impl Fn(f32) -> f64) -> Vec<RunResult> {

@@ -7,8 +7,8 @@ use candle_dropout::GptConfig;
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 
-use crate::corpus::{self, Splits, VOCAB_SIZE};
-use crate::train::{Recipe, Sites};
+use super::corpus::{self, Splits, VOCAB_SIZE};
+use super::train::{Recipe, Sites};
 
 /// Which dropout for pretraining, which for fine-tuning? Trains a small GPT at several rates and
 /// seeds and says.

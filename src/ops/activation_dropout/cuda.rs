@@ -11,8 +11,8 @@ use crate::launch::cuda::{
 };
 use crate::mask::MaskArgs;
 
-/// Candle caches the compiled module under this name.
-const MODULE: &str = "candle_dropout::activation_dropout";
+/// Candle caches the compiled module under this name, for all crates of a program.
+const MODULE: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::activation_dropout");
 
 type Input<'a> = (&'a CudaStorage, &'a Layout);
 

@@ -64,8 +64,14 @@ vectorized! {
     }
 }
 
-/// Elements that one thread sums before the partial sums are added up in order.
-const PARTIAL: usize = 1 << 15;
+/// Elements that one thread sums at least before the partial sums are added up in order.
+const MIN_PARTIAL: usize = 1 << 15;
+
+/// Partial sums at most, whatever the number of threads: they are held until all are there.
+const MAX_PARTIALS: usize = 64;
+
+/// Rows whose sum is added to that of their chunk: rounding errors grow with the length of a chain.
+const BLOCK_ROWS: usize = 128;
 
 pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
     let (_, cols) = rows_cols(layout.dims());
@@ -77,13 +83,19 @@ pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CpuStorage, layout: &Layout) -> Res
 
 fn column_sums<E: Element>(mask: &MaskArgs, dy: &[E], cols: usize) -> Vec<E> {
     let mut sums = vec![E::Real::ZERO; cols];
-    let chunk = PARTIAL.next_multiple_of(cols.max(1));
+    let chunk = dy.len().div_ceil(MAX_PARTIALS).max(MIN_PARTIAL).next_multiple_of(cols.max(1));
     let partials: Vec<_> = dy
         .par_chunks(chunk)
         .enumerate()
         .map(|(i, dy)| {
             let mut partial = vec![E::Real::ZERO; cols];
-            add_to_columns(mask, i * chunk, cols, dy, &mut partial);
+            let mut block_sums = partial.clone();
+            let block = BLOCK_ROWS * cols;
+            for (j, dy) in dy.chunks(block.max(1)).enumerate() {
+                block_sums.fill(E::Real::ZERO);
+                add_to_columns(mask, i * chunk + j * block, cols, dy, &mut block_sums);
+                partial.iter_mut().zip(&block_sums).for_each(|(sum, block)| *sum += *block);
+            }
             partial
         })
         .collect();

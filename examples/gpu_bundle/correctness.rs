@@ -1,0 +1,259 @@
+//! Every op on a device against its formula in f64 and against the CPU, by the runner of `tests/ops.rs`.
+
+use std::fmt::Write;
+use std::time::Instant;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_dropout::dropout;
+use serde::Serialize;
+
+use crate::common::{bits, random};
+use crate::runner::{DTYPES, OPS, Op, View, disagreements, mask, run as run_op};
+use crate::step::{Form, Step, check_agree, size};
+use crate::{Common, results};
+
+/// What was checked, how often, and what failed.
+#[derive(Debug, Default, Serialize)]
+struct Group {
+    fact: &'static str,
+    cases: usize,
+    failures: Vec<String>,
+}
+
+impl Group {
+    fn new(fact: &'static str) -> Self {
+        Self { fact, ..Self::default() }
+    }
+
+    fn check(&mut self, case: impl FnOnce() -> Result<Vec<String>>) {
+        self.cases += 1;
+        match case() {
+            Ok(found) => self.failures.extend(found),
+            Err(error) => self.failures.push(format!("{error:#}")),
+        }
+    }
+}
+
+/// Scalars, single elements, odd and prime sizes; one column, one row; more rows than a grid's y; rows of
+/// whole vectors, as many as fit into registers and more; a row for each size of a team.
+const SHAPES: [&[usize]; 24] = [
+    &[],
+    &[1],
+    &[7],
+    &[1, 1],
+    &[131, 1],
+    &[1, 1031],
+    &[5, 3],
+    &[2, 3, 17],
+    &[2, 7, 4],
+    &[2, 3, 4, 5],
+    &[37, 1031],
+    &[5, 9973],
+    &[65537, 3],
+    &[70001, 8],
+    &[64, 8],
+    &[33, 64],
+    &[33, 136],
+    &[9, 256],
+    &[9, 768],
+    &[130, 1024],
+    &[3, 4096],
+    &[3, 8192],
+    &[3, 8200],
+    &[2, 3, 128, 128],
+];
+
+/// One by one of the above: element by element and in vectors, in registers and not.
+const SMALL_SHAPES: [&[usize]; 6] =
+    [&[7], &[2, 3, 17], &[33, 64], &[5, 1032], &[2, 8200], &[2, 2, 9, 16]];
+
+const VIEWED_SHAPES: [&[usize]; 6] =
+    [&[5], &[5, 3], &[2, 3, 17], &[2, 3, 4, 5], &[37, 1031], &[24, 256]];
+
+pub fn run(args: &Common, device: &Device) -> Result<bool> {
+    let begin = Instant::now();
+    let shapes: &[&[usize]] = if args.small { &SMALL_SHAPES } else { &SHAPES };
+    let viewed: &[&[usize]] = if args.small { &VIEWED_SHAPES[2..3] } else { &VIEWED_SHAPES };
+    let drop_ps: &[f32] = if args.small { &[0.1] } else { &[0., 0.1, 0.5, 1.] };
+    let mut groups =
+        vec![masks(device, shapes), formulas(device, shapes, drop_ps), views(device, viewed)];
+    groups.push(repeats(device, if args.small { &[2, 3, 17] } else { &[37, 1031] }));
+    if device.is_cuda() {
+        groups.push(same_bits_as_the_cpu(device, shapes, drop_ps));
+    }
+    groups.push(transformer(device, args.small));
+
+    let mut md = String::from("| fact | cases | failures |\n|---|---|---|\n");
+    for Group { fact, cases, failures } in &groups {
+        writeln!(md, "| {fact} | {cases} | {} |", failures.len())?;
+    }
+    let failures: Vec<_> = groups.iter().flat_map(|group| &group.failures).collect();
+    let cases: usize = groups.iter().map(|group| group.cases).sum();
+    writeln!(md, "\n{cases} cases on {}, {} failures.", place(device), failures.len())?;
+    if !device.is_cuda() {
+        md.push_str("This is the CPU half: nothing here ran on a GPU.\n");
+    }
+    for failure in failures.iter().take(20) {
+        writeln!(md, "- {failure}")?;
+    }
+    let right = failures.is_empty();
+    let seconds = begin.elapsed().as_secs_f64();
+    let data = serde_json::json!({ "small": args.small, "cases": cases, "groups": groups });
+    results::write_section(&args.out, device, "correctness", seconds, md, data)?;
+    Ok(right)
+}
+
+fn place(device: &Device) -> &'static str {
+    if device.is_cuda() { "CUDA" } else { "the CPU" }
+}
+
+/// The dtypes that the device computes in.
+fn dtypes(device: &Device) -> impl Iterator<Item = DType> {
+    let is_cuda = device.is_cuda();
+    DTYPES.into_iter().filter(move |dtype| !(is_cuda && *dtype == DType::F64))
+}
+
+/// What an op keeps of ones, recovered, is the mask law on the CPU.
+fn masks(device: &Device, shapes: &[&[usize]]) -> Group {
+    let mut group = Group::new("masks equal the law bit for bit, whole and in windows");
+    for dims in shapes {
+        for dtype in dtypes(device) {
+            for window in [false, true] {
+                group.check(|| {
+                    let mut drop = mask(0.3);
+                    if window {
+                        let full: Vec<usize> = dims.iter().map(|d| d + 5).collect();
+                        drop = drop.window(&full, &vec![3; dims.len()]);
+                    }
+                    let ones = Tensor::ones(*dims, dtype, device)?;
+                    let kept = dropout(&ones, &drop)?.ne(0.)?.to_device(&Device::Cpu)?;
+                    let same = bits(&kept)? == bits(&drop.to_tensor(*dims, &Device::Cpu)?)?;
+                    Ok(failure(same, || format!("mask of {dims:?} in {dtype:?}, window {window}")))
+                });
+            }
+        }
+    }
+    group
+}
+
+fn failure(same: bool, what: impl FnOnce() -> String) -> Vec<String> {
+    if same { vec![] } else { vec![what()] }
+}
+
+fn formulas(device: &Device, shapes: &[&[usize]], drop_ps: &[f32]) -> Group {
+    let mut group =
+        Group::new("outputs and gradients are as near the f64 formula as the naive chain is");
+    for op in OPS {
+        for dims in shapes.iter().filter(|dims| op.takes(dims)) {
+            for (drop_p, dtype) in drop_ps.iter().flat_map(|p| dtypes(device).map(move |d| (*p, d)))
+            {
+                group.check(|| {
+                    let (arguments, device) = (op.arguments(dims), std::slice::from_ref(device));
+                    Ok(disagreements(op, &arguments, View::Contiguous, drop_p, dtype, device)?)
+                });
+            }
+        }
+    }
+    group
+}
+
+fn views(device: &Device, shapes: &[&[usize]]) -> Group {
+    let mut group = Group::new("so they are for transposed, offset and broadcast arguments");
+    for op in OPS {
+        for dims in shapes.iter().filter(|dims| op.takes(dims)) {
+            for view in [View::Transposed, View::Offset, View::Broadcast] {
+                for dtype in dtypes(device) {
+                    group.check(|| {
+                        let (arguments, device) =
+                            (op.arguments(dims), std::slice::from_ref(device));
+                        Ok(disagreements(op, &arguments, view, 0.3, dtype, device)?)
+                    });
+                }
+            }
+        }
+    }
+    group
+}
+
+/// Output and gradients of a fused op on random arguments, as f64 on the CPU, bit for bit.
+fn results_of(
+    op: Op,
+    dims: &[usize],
+    drop_p: f32,
+    dtype: DType,
+    device: &Device,
+) -> Result<Vec<Vec<u64>>> {
+    let arguments = op.arguments(dims);
+    let bases = arguments
+        .iter()
+        .enumerate()
+        .map(|(i, dims)| random(dims, dtype, i as u64)?.to_device(device));
+    let bases = bases.collect::<candle_core::Result<Vec<_>>>()?;
+    let dy = random(dims, dtype, 9)?.to_device(device)?;
+    let fused = |args: &[Tensor]| op.fused(args, &mask(drop_p));
+    let results = run_op(fused, &bases, &arguments, View::Contiguous, &dy)?;
+    Ok(results.iter().map(bits).collect::<candle_core::Result<_>>()?)
+}
+
+fn repeats(device: &Device, dims: &[usize]) -> Group {
+    let mut group = Group::new("a second run gives the same bits");
+    for op in OPS {
+        for dtype in dtypes(device) {
+            group.check(|| {
+                let run = || results_of(op, dims, 0.4, dtype, device);
+                Ok(failure(run()? == run()?, || format!("{op:?} {dtype:?} differs from itself")))
+            });
+        }
+    }
+    group
+}
+
+fn same_bits_as_the_cpu(device: &Device, shapes: &[&[usize]], drop_ps: &[f32]) -> Group {
+    let mut group = Group::new("element-wise results in f32 equal the CPU's bit for bit");
+    for op in
+        [Op::Dropout, Op::DropoutAdd, Op::DropoutAddBias, Op::DropPathAddRow, Op::DropPathAddBatch]
+    {
+        for dims in shapes.iter().filter(|dims| op.takes(dims)) {
+            for drop_p in drop_ps {
+                group.check(|| {
+                    let on = |device: &Device| results_of(op, dims, *drop_p, DType::F32, device);
+                    let (mut ours, mut cpu) = (on(device)?, on(&Device::Cpu)?);
+                    if op == Op::DropoutAddBias {
+                        // The gradient of the bias is a sum, in another order.
+                        (ours.pop(), cpu.pop());
+                    }
+                    Ok(failure(ours == cpu, || format!("{op:?} {dims:?} drop p {drop_p}")))
+                });
+            }
+        }
+    }
+    group
+}
+
+/// The model as a whole: every parameter's gradient, fused against unfused, and against the CPU's.
+fn transformer(device: &Device, small: bool) -> Group {
+    let mut group =
+        Group::new("the Transformer's loss and every gradient: fused, unfused, and on the CPU");
+    let mut size = size(small);
+    size.1 = 4;
+    for drop_p in [0., 0.1] {
+        let new = |form, device: &Device| Step::new(form, &size, drop_p, DType::F32, device);
+        let mut compare = |what: &str, ours: Form, other: Form, place: &Device| {
+            group.check(|| {
+                let (ours, other) = (new(ours, device)?, new(other, place)?);
+                Ok(check_agree(what, &ours, &other, 2e-3)
+                    .err()
+                    .iter()
+                    .map(|e| e.to_string())
+                    .collect())
+            });
+        };
+        compare("fused against unfused", Form::Fused, Form::Unfused, device);
+        compare("fused against the CPU", Form::Fused, Form::Fused, &Device::Cpu);
+        if drop_p == 0. {
+            compare("against candle's ops alone", Form::Fused, Form::Candle, device);
+        }
+    }
+    group
+}

@@ -1,0 +1,138 @@
+//! Peak memory of a training step: fused, unfused, and with candle's own dropout.
+//!
+//! On the CPU an allocator counts; on CUDA the device's memory pool does, in which all tensors lie.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use anyhow::Result;
+use candle_core::{DType, Device};
+use serde::Serialize;
+
+use crate::step::{FORMS, Step, size};
+use crate::{Common, cuda, results};
+
+struct Counting;
+
+static USED: AtomicU64 = AtomicU64::new(0);
+static PEAK: AtomicU64 = AtomicU64::new(0);
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn count(bytes: usize) {
+    let used = USED.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+    PEAK.fetch_max(used, Ordering::Relaxed);
+}
+
+fn discount(bytes: usize) {
+    USED.fetch_sub(bytes as u64, Ordering::Relaxed);
+}
+
+// SAFETY: every call goes to the system's allocator with the arguments given; the rest counts.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: the caller's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: the caller's.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count(size);
+        discount(layout.size());
+        // SAFETY: the caller's.
+        unsafe { System.realloc(memory, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        discount(layout.size());
+        // SAFETY: the caller's.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+fn forget_peak(device: &Device) -> Result<()> {
+    PEAK.store(USED.load(Ordering::Relaxed), Ordering::Relaxed);
+    cuda::forget_peak(device)
+}
+
+/// Bytes in use, now and at most since `forget_peak`.
+fn used_and_peak(device: &Device) -> Result<(u64, u64)> {
+    Ok(cuda::used_and_peak(device)?
+        .unwrap_or((USED.load(Ordering::Relaxed), PEAK.load(Ordering::Relaxed))))
+}
+
+#[derive(Debug, Serialize)]
+struct Peak {
+    library: &'static str,
+    variant: &'static str,
+    drop_p: f32,
+    /// Weights, the optimizer's state and the batch.
+    before_bytes: u64,
+    /// What the graph holds on to between forward and backward, beyond that.
+    graph_bytes: u64,
+    /// The most during the step, beyond that.
+    step_bytes: u64,
+}
+
+pub fn run(args: &Common, device: &Device) -> Result<bool> {
+    let begin = Instant::now();
+    let (config, batch) = size(args.small);
+    let mut peaks = Vec::new();
+    for drop_p in [0., 0.1] {
+        for form in FORMS {
+            let mut step = Step::new(form, &(config.clone(), batch), drop_p, DType::F32, device)?;
+            // Scratch memory and modules that stay belong to no step.
+            step.run()?;
+            forget_peak(device)?;
+            let (before, _) = used_and_peak(device)?;
+            let loss = step.loss()?;
+            let (graph, _) = used_and_peak(device)?;
+            step.apply(&loss)?;
+            let (_, peak) = used_and_peak(device)?;
+            let [library, variant] = form.names();
+            let (graph_bytes, step_bytes) =
+                (graph.saturating_sub(before), peak.saturating_sub(before));
+            let before_bytes = before;
+            peaks.push(Peak { library, variant, drop_p, before_bytes, graph_bytes, step_bytes });
+        }
+    }
+    let markdown = markdown(&config, batch, &peaks)?;
+    let seconds = begin.elapsed().as_secs_f64();
+    let data = serde_json::json!({ "small": args.small, "peaks": peaks });
+    results::write_section(&args.out, device, "memory", seconds, markdown, data)?;
+    Ok(true)
+}
+
+fn markdown(config: &candle_dropout::GptConfig, batch: usize, peaks: &[Peak]) -> Result<String> {
+    let mut md = format!(
+        "A training step (AdamW, f32) of a GPT with {} layers, width {}, {} heads on {batch} x {} \
+         tokens; MB of 10^6 bytes beyond weights, optimizer and batch. \"held\" is what the graph \
+         keeps between forward and backward.\n\n\
+         | drop p | step | peak MB | held MB | held beyond p = 0 |\n|---|---|---|---|---|\n",
+        config.n_layer, config.n_embd, config.n_head, config.n_positions
+    );
+    for peak in peaks {
+        let Peak { library, variant, drop_p, graph_bytes, step_bytes, .. } = peak;
+        let is_without =
+            |p: &&Peak| p.drop_p == 0. && p.library == *library && p.variant == *variant;
+        let without = peaks.iter().find(is_without).map_or(0, |p| p.graph_bytes);
+        let mb = |bytes: u64| bytes as f64 / 1e6;
+        writeln!(
+            md,
+            "| {drop_p} | {library}, {variant} | {:.1} | {:.1} | {:.1} |",
+            mb(*step_bytes),
+            mb(*graph_bytes),
+            mb(*graph_bytes) - mb(without)
+        )?;
+    }
+    Ok(md)
+}

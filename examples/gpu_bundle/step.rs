@@ -1,0 +1,171 @@
+//! One training step of a small GPT: forward, loss, backward, clipped to a norm of 1, AdamW.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_dropout::{Gpt, GptConfig, MaskGenerator, seeded_var_builder};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use crate::candle_gpt::CandleGpt;
+
+/// Which ops a step runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Form {
+    /// The fused ops of this crate.
+    Fused,
+    /// candle's ops around this crate's `dropout`; the masks are those of `Fused`.
+    Unfused,
+    /// candle's ops, its dropout too.
+    Candle,
+}
+
+pub const FORMS: [Form; 3] = [Form::Fused, Form::Unfused, Form::Candle];
+
+impl Form {
+    /// Library and variant.
+    pub fn names(self) -> [&'static str; 2] {
+        match self {
+            Self::Fused => ["candle-dropout", "fused"],
+            Self::Unfused => ["candle-dropout", "unfused"],
+            Self::Candle => ["candle", "chain"],
+        }
+    }
+}
+
+/// 4 layers, width 128, 4 heads, 128 tokens, 32 sequences, 96 tokens in the vocabulary; or much less.
+pub fn size(small: bool) -> (GptConfig, usize) {
+    let config = GptConfig {
+        vocab_size: 96,
+        n_positions: if small { 16 } else { 128 },
+        n_embd: if small { 32 } else { 128 },
+        n_layer: if small { 1 } else { 4 },
+        n_head: 4,
+        ..GptConfig::default()
+    };
+    (config, if small { 4 } else { 32 })
+}
+
+pub struct Step {
+    logits: Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>,
+    pub vars: BTreeMap<String, Var>,
+    adamw: AdamW,
+    inputs: Tensor,
+    targets: Tensor,
+}
+
+impl Step {
+    /// A fresh model and a batch of random tokens; equal arguments give equal weights, masks and tokens.
+    pub fn new(
+        form: Form,
+        (config, batch): &(GptConfig, usize),
+        drop_p: f32,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let map = VarMap::new();
+        let vb = seeded_var_builder(&map, 1, dtype, device);
+        let config = config.clone().with_dropout(drop_p);
+        let config = GptConfig { fused: form == Form::Fused, ..config };
+        let logits: Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>> = match form {
+            Form::Candle => {
+                let gpt = CandleGpt::new(&config, vb)?;
+                Box::new(move |ids| gpt.forward(ids))
+            }
+            _ => {
+                let gpt = Gpt::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
+                Box::new(move |ids| gpt.forward(ids, true))
+            }
+        };
+        let vars = map.data().lock().map_err(|e| anyhow::anyhow!("{e}"))?.clone();
+        let vars: BTreeMap<_, _> = vars.into_iter().collect();
+        let params = ParamsAdamW { lr: 3e-4, ..Default::default() };
+        let adamw = AdamW::new(vars.values().cloned().collect(), params)?;
+        let t = config.n_positions;
+        let mut rng = StdRng::seed_from_u64(3);
+        let mut ids = || -> Result<Vec<u32>> {
+            Ok((0..batch * t).map(|_| rng.random_range(0..config.vocab_size as u32)).collect())
+        };
+        let inputs = Tensor::from_vec(ids()?, (*batch, t), device)?;
+        let targets = Tensor::from_vec(ids()?, batch * t, device)?;
+        Ok(Self { logits, vars, adamw, inputs, targets })
+    }
+
+    /// Mean loss of the batch.
+    pub fn loss(&self) -> candle_core::Result<Tensor> {
+        let logits = (self.logits)(&self.inputs)?.flatten_to(1)?.to_dtype(DType::F32)?;
+        candle_nn::loss::cross_entropy(&logits, &self.targets)
+    }
+
+    /// Backward, clipped, applied. Nothing waits for the device.
+    pub fn apply(&mut self, loss: &Tensor) -> candle_core::Result<()> {
+        let mut grads = loss.backward()?;
+        clip(&mut grads, self.vars.values(), 1.)?;
+        self.adamw.step(&grads)
+    }
+
+    pub fn run(&mut self) -> candle_core::Result<Tensor> {
+        let loss = self.loss()?;
+        self.apply(&loss)?;
+        Ok(loss)
+    }
+
+    /// The loss and each gradient by name, as f32 on the CPU.
+    pub fn gradients(&self) -> Result<(f32, BTreeMap<String, Tensor>)> {
+        let loss = self.loss()?;
+        let grads = loss.backward()?;
+        let of = |(name, var): (&String, &Var)| -> Result<(String, Tensor)> {
+            let grad = grads.get(var).with_context(|| format!("{name} has no gradient"))?;
+            Ok((name.clone(), grad.to_device(&Device::Cpu)?.to_dtype(DType::F32)?))
+        };
+        Ok((loss.to_scalar()?, self.vars.iter().map(of).collect::<Result<_>>()?))
+    }
+}
+
+/// Scales all gradients by `min(1, norm / global norm)`.
+fn clip<'a>(
+    grads: &mut GradStore,
+    vars: impl Iterator<Item = &'a Var> + Clone,
+    norm: f64,
+) -> candle_core::Result<()> {
+    let squares = vars
+        .clone()
+        .filter_map(|var| grads.get(var))
+        .map(|grad| grad.to_dtype(DType::F32)?.sqr()?.sum_all());
+    let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
+    let global = Tensor::stack(&squares, 0)?.sum_all()?.sqrt()?;
+    let factor = (global + 1e-6)?.recip()?.affine(norm, 0.)?.minimum(1.)?;
+    for var in vars {
+        if let Some(grad) = grads.remove(var) {
+            let factor = factor.to_dtype(grad.dtype())?;
+            grads.insert(var, grad.broadcast_mul(&factor)?);
+        }
+    }
+    Ok(())
+}
+
+/// Demands that `ours` has the loss and, in norm, each gradient of `other`.
+pub fn check_agree(what: &str, ours: &Step, other: &Step, tolerance: f64) -> Result<()> {
+    let ((loss, ours), (other_loss, others)) = (ours.gradients()?, other.gradients()?);
+    ensure!(
+        f64::from((loss - other_loss).abs()) <= tolerance * f64::from(other_loss),
+        "{what}: the loss is {loss}, not {other_loss}"
+    );
+    for (name, other) in &others {
+        let norm = |x: &Tensor| -> Result<f64> {
+            Ok(f64::from(x.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt())
+        };
+        let ours = ours.get(name).with_context(|| format!("{what}: no gradient of {name}"))?;
+        let (off, size) = (norm(&(ours - other)?)?, norm(other)?);
+        // A NaN is not within the tolerance either.
+        let within = off <= tolerance * size.max(1e-6);
+        ensure!(
+            within && size > 0.,
+            "{what}: the gradient of {name} is off by {off:e} of {size:e}"
+        );
+    }
+    Ok(())
+}

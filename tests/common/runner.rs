@@ -1,0 +1,382 @@
+//! One runner over (op, device, dtype, shape): an op, forward and each gradient, against its naive
+//! formula in f64 with the same mask.
+
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_dropout::{
+    Activation, AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, activation_dropout,
+    drop_path_add, dropout, dropout_add, dropout_add_norm, reference, softmax_dropout,
+};
+
+use crate::common::random;
+
+pub const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
+
+/// The scale of the scores; no f32 holds it exactly.
+pub const SCALE: f64 = 0.7;
+
+pub fn mask(drop_p: f32) -> DropMask {
+    DropMask::new(drop_p, MaskKey::derive(42, 7)).unwrap()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Op {
+    Dropout,
+    DropoutAdd,
+    DropoutAddBias,
+    Softmax,
+    SoftmaxCausal,
+    SoftmaxAdditive,
+    DropPathAddRow,
+    DropPathAddBatch,
+    LayerNorm,
+    RmsNorm,
+    /// The stream plus its norm, so that a gradient comes from both.
+    DropoutAddNorm,
+    DropoutAddNormBias,
+    /// The norm alone.
+    DropoutNorm,
+    DropoutNormBias,
+    GeluTanhDropout,
+    GeluErfDropoutBias,
+    SiluDropout,
+    ReluDropoutBias,
+}
+
+pub const OPS: [Op; 18] = [
+    Op::Dropout,
+    Op::DropoutAdd,
+    Op::DropoutAddBias,
+    Op::Softmax,
+    Op::SoftmaxCausal,
+    Op::SoftmaxAdditive,
+    Op::DropPathAddRow,
+    Op::DropPathAddBatch,
+    Op::LayerNorm,
+    Op::RmsNorm,
+    Op::DropoutAddNorm,
+    Op::DropoutAddNormBias,
+    Op::DropoutNorm,
+    Op::DropoutNormBias,
+    Op::GeluTanhDropout,
+    Op::GeluErfDropoutBias,
+    Op::SiluDropout,
+    Op::ReluDropoutBias,
+];
+
+/// Large enough that no row of random numbers is ill-conditioned.
+pub const NORM_EPS: f64 = 0.1;
+
+impl Op {
+    pub fn takes(self, dims: &[usize]) -> bool {
+        match self {
+            Op::SoftmaxCausal => dims.len() >= 2,
+            Op::DropPathAddRow => !dims.is_empty(),
+            _ => true,
+        }
+    }
+
+    /// The shapes of its arguments, if `x` or the scores have this one.
+    pub fn arguments(self, dims: &[usize]) -> Vec<Vec<usize>> {
+        let last = dims.last().copied().unwrap_or(1);
+        match self {
+            Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
+            Op::GeluTanhDropout | Op::SiluDropout => vec![dims.to_vec()],
+            Op::GeluErfDropoutBias | Op::ReluDropoutBias => vec![dims.to_vec(), vec![last]],
+            Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
+            Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
+            Op::RmsNorm | Op::DropoutNorm => vec![dims.to_vec(), vec![last]],
+            Op::LayerNorm => vec![dims.to_vec(), vec![last], vec![last]],
+            Op::DropoutAddNorm => vec![dims.to_vec(), dims.to_vec(), vec![last]],
+            Op::DropoutNormBias => vec![dims.to_vec(), vec![last], vec![last], vec![last]],
+            Op::DropoutAddNormBias => {
+                vec![dims.to_vec(), dims.to_vec(), vec![last], vec![last], vec![last]]
+            }
+            Op::SoftmaxAdditive => {
+                vec![dims.to_vec(), dims.last().map_or(vec![], |last| vec![*last])]
+            }
+        }
+    }
+
+    pub fn mask_dims(self, dims: &[usize]) -> Vec<usize> {
+        match self {
+            Op::DropPathAddRow => vec![1, dims[0]],
+            Op::DropPathAddBatch => vec![1, 1],
+            _ => dims.to_vec(),
+        }
+    }
+
+    pub fn fused(self, args: &[Tensor], drop: &DropMask) -> Result<Tensor> {
+        let x = &args[0];
+        match self {
+            Op::Dropout => dropout(x, drop),
+            Op::DropoutAdd => dropout_add(x, &args[1], None, drop),
+            Op::DropoutAddBias => dropout_add(x, &args[1], Some(&args[2]), drop),
+            Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
+            Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
+            Op::LayerNorm | Op::RmsNorm => self.norm(args).forward(x),
+            _ if self.activation().is_some() => {
+                activation_dropout(x, args.get(1), self.activation().unwrap(), drop)
+            }
+            _ if self.is_dropout_norm() => {
+                let (residual, bias) = self.residual_and_bias(args);
+                let (z, n) = dropout_add_norm(x, residual, bias, &self.norm(args), drop)?;
+                self.both(z, n)
+            }
+            _ => softmax_dropout(x, SCALE, &self.attention_mask(args), drop),
+        }
+    }
+
+    pub fn naive(self, args: &[Tensor], drop: &DropMask) -> Result<Tensor> {
+        let x = &args[0];
+        let keep = drop.to_tensor(self.mask_dims(x.dims()), x.device())?;
+        // Nothing is kept at a scale of 0, and candle ends the graph at a multiplication by 0.
+        let drop_scale = match drop.rate() {
+            Rate::DROP_ALL => 1.,
+            rate => f64::from(rate.scale()),
+        };
+        match self {
+            Op::Dropout => reference::dropout(x, &keep, drop_scale),
+            Op::DropoutAdd | Op::DropoutAddBias => {
+                reference::dropout_add(x, &args[1], args.get(2), &keep, drop_scale)
+            }
+            Op::DropPathAddRow | Op::DropPathAddBatch => {
+                reference::drop_path_add(x, &args[1], &keep, drop_scale)
+            }
+            Op::LayerNorm | Op::RmsNorm => reference::norm(x, &self.norm(args)),
+            _ if self.activation().is_some() => {
+                let activation = self.activation().unwrap();
+                reference::activation_dropout(x, args.get(1), activation, &keep, drop_scale)
+            }
+            _ if self.is_dropout_norm() => {
+                let (residual, bias) = self.residual_and_bias(args);
+                let norm = self.norm(args);
+                let (z, n) =
+                    reference::dropout_add_norm(x, residual, bias, &norm, &keep, drop_scale)?;
+                self.both(z, n)
+            }
+            _ => {
+                let mask = self.attention_mask(args);
+                reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
+            }
+        }
+    }
+
+    fn activation(self) -> Option<Activation> {
+        match self {
+            Op::GeluTanhDropout => Some(Activation::GeluTanh),
+            Op::GeluErfDropoutBias => Some(Activation::GeluErf),
+            Op::SiluDropout => Some(Activation::Silu),
+            Op::ReluDropoutBias => Some(Activation::Relu),
+            _ => None,
+        }
+    }
+
+    fn is_norm(self) -> bool {
+        matches!(self, Op::LayerNorm | Op::RmsNorm) || self.is_dropout_norm()
+    }
+
+    fn is_dropout_norm(self) -> bool {
+        use Op::*;
+        matches!(self, DropoutAddNorm | DropoutAddNormBias | DropoutNorm | DropoutNormBias)
+    }
+
+    /// What an op with two results is judged by. Candle's sum of empty tensors has no gradient.
+    fn both(self, z: Tensor, n: Tensor) -> Result<Tensor> {
+        match self {
+            Op::DropoutAddNorm | Op::DropoutAddNormBias if n.elem_count() > 0 => z + n,
+            _ => Ok(n),
+        }
+    }
+
+    fn residual_and_bias(self, args: &[Tensor]) -> (Option<&Tensor>, Option<&Tensor>) {
+        match self {
+            Op::DropoutAddNorm => (Some(&args[1]), None),
+            Op::DropoutAddNormBias => (Some(&args[1]), Some(&args[2])),
+            Op::DropoutNormBias => (None, Some(&args[1])),
+            _ => (None, None),
+        }
+    }
+
+    /// Its parameters are the last arguments.
+    pub fn norm(self, args: &[Tensor]) -> Norm {
+        match (self, args) {
+            (Op::RmsNorm | Op::DropoutAddNorm, [.., weight]) => {
+                Norm::rms_norm(weight.clone(), NORM_EPS)
+            }
+            (Op::DropoutNorm, [.., weight]) => Norm::layer_norm(weight.clone(), None, NORM_EPS),
+            (_, [.., weight, bias]) => {
+                Norm::layer_norm(weight.clone(), Some(bias.clone()), NORM_EPS)
+            }
+            _ => panic!("{self:?} has no norm"),
+        }
+    }
+
+    fn attention_mask(self, args: &[Tensor]) -> AttentionMask {
+        match self {
+            Op::SoftmaxCausal => AttentionMask::Causal,
+            Op::SoftmaxAdditive => AttentionMask::Additive(args[1].clone()),
+            _ => AttentionMask::None,
+        }
+    }
+}
+
+/// How the arguments of an op lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum View {
+    Contiguous,
+    /// The last two dimensions swapped.
+    Transposed,
+    /// The middle of something larger.
+    Offset,
+    /// One entry of the first dimension, repeated; a bias stays as it is, since candle would sum its
+    /// gradient in the dtype.
+    Broadcast,
+}
+
+impl View {
+    /// The shape of what is viewed as `dims`.
+    pub fn base(self, dims: &[usize]) -> Vec<usize> {
+        let (mut base, rank) = (dims.to_vec(), dims.len());
+        match self {
+            View::Transposed if rank >= 2 => base.swap(rank - 2, rank - 1),
+            View::Offset if rank >= 1 => base[0] += 3,
+            View::Broadcast if rank >= 2 => base[0] = 1,
+            _ => {}
+        }
+        base
+    }
+
+    pub fn of(self, base: &Tensor, dims: &[usize]) -> Result<Tensor> {
+        let rank = dims.len();
+        match self {
+            View::Transposed if rank >= 2 => base.transpose(rank - 2, rank - 1),
+            View::Offset if rank >= 1 => base.narrow(0, 2, dims[0]),
+            View::Broadcast => base.broadcast_as(dims),
+            _ => Ok(base.clone()),
+        }
+    }
+}
+
+/// The output of an op and the gradient of each of its arguments, as f64 on the CPU.
+///
+/// The arguments are inner nodes of the graph, twice a variable each, and views of it.
+pub fn run(
+    op: impl Fn(&[Tensor]) -> Result<Tensor>,
+    bases: &[Tensor],
+    dims: &[Vec<usize>],
+    view: View,
+    dy: &Tensor,
+) -> Result<Vec<Tensor>> {
+    let vars = bases.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+    let args = vars
+        .iter()
+        .zip(dims)
+        .map(|(var, dims)| view.of(&(var.as_tensor() * 2.)?, dims))
+        .collect::<Result<Vec<_>>>()?;
+    let y = op(&args)?;
+    let grads = (&y * dy)?.backward()?;
+    let mut results = vec![y];
+    for (i, var) in vars.iter().enumerate() {
+        let grad = grads.get(var).unwrap_or_else(|| panic!("argument {i} has no gradient"));
+        assert_eq!(grad.dims(), var.dims(), "gradient of argument {i}");
+        results.push(grad.clone());
+    }
+    results.iter().map(|x| x.to_device(&Device::Cpu)?.to_dtype(DType::F64)).collect()
+}
+
+/// The largest difference of two tensors; infinite if one is no number where the other is.
+pub fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
+    assert_eq!(a.dims(), b.dims());
+    let differences = (a - b)?.flatten_all()?.to_vec1::<f64>()?;
+    Ok(differences.iter().fold(0., |worst, d| match d.is_nan() {
+        true => f64::INFINITY,
+        false => d.abs().max(worst),
+    }))
+}
+
+pub fn largest(x: &Tensor) -> Result<f64> {
+    error(x, &x.zeros_like()?)
+}
+
+/// The distance from 1 to the next number; for f64, whose naive formula is the reference itself, that
+/// of a sum of 65,537 terms in another order.
+pub fn epsilon(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 256. * f64::EPSILON,
+        DType::F32 => f64::from(f32::EPSILON),
+        DType::F16 => f64::from(half::f16::EPSILON),
+        _ => f64::from(half::bf16::EPSILON),
+    }
+}
+
+/// What an op and each gradient give beyond the error that the naive formula in the dtype of the op
+/// makes against the formula in f64, with arguments of the given shapes; nothing if they agree.
+pub fn disagreements(
+    op: Op,
+    dims: &[Vec<usize>],
+    view: View,
+    drop_p: f32,
+    dtype: DType,
+    devices: &[Device],
+) -> Result<Vec<String>> {
+    let drop = mask(drop_p);
+    let bases = dims
+        .iter()
+        .enumerate()
+        .map(|(i, dims)| random(&view.base(dims), dtype, i as u64))
+        .collect::<Result<Vec<_>>>()?;
+    let dy = random(&dims[0], dtype, 9)?;
+    let naive = |args: &[Tensor]| op.naive(args, &drop);
+    let wide = bases.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
+    let exact = run(naive, &wide, dims, view, &dy.to_dtype(DType::F64)?)?;
+    let naive = run(naive, &bases, dims, view, &dy)?;
+    let mut found = Vec::new();
+    for device in devices {
+        if device.is_cuda() && dtype == DType::F64 {
+            continue;
+        }
+        let bases = bases.iter().map(|x| x.to_device(device)).collect::<Result<Vec<_>>>()?;
+        let fused = |args: &[Tensor]| op.fused(args, &drop);
+        let ours = run(fused, &bases, dims, view, &dy.to_device(device)?)?;
+        let case =
+            format!("{op:?} {dims:?} {view:?} drop_p {drop_p} {dtype:?} {:?}", device.location());
+        let beyond = beyond_the_naive_error(op, [&ours, &naive, &exact], &dy, &drop, dtype)?;
+        found.extend(beyond.into_iter().map(|what| format!("{case}: {what}")));
+    }
+    Ok(found)
+}
+
+/// Which results (output, then each gradient) are further from the exact ones than twice the naive
+/// formula is, and by how much; `results` are ours, the naive and the exact ones.
+pub fn beyond_the_naive_error(
+    op: Op,
+    results: [&[Tensor]; 3],
+    dy: &Tensor,
+    drop: &DropMask,
+    dtype: DType,
+) -> Result<Vec<String>> {
+    let [ours, naive, exact] = results;
+    // The terms of a gradient of softmax cancel, in part or wholly, and their size is what rounds.
+    let terms = match op {
+        Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => {
+            2. * largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?
+        }
+        // A slope is a sum of terms of this size, each with the error of an exponential.
+        _ if op.activation().is_some() => {
+            4. * f64::from(drop.rate().scale()) * largest(&dy.to_dtype(DType::F64)?)?
+        }
+        _ if op.is_norm() => largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?,
+        _ => 0.,
+    };
+    let mut found = Vec::new();
+    for (i, ((ours, naive), exact)) in ours.iter().zip(naive).zip(exact).enumerate() {
+        let (ours, naive) = (error(ours, exact)?, error(naive, exact)?);
+        let magnitude = largest(exact)?.max(if i == 0 { 0. } else { terms });
+        let bound = 2. * naive + epsilon(dtype) * magnitude;
+        if ours > bound {
+            let what = if i == 0 { "output".into() } else { format!("gradient {i}") };
+            found.push(format!("{what} is off by {ours:e}, the naive formula by {naive:e}"));
+        }
+    }
+    Ok(found)
+}
