@@ -614,8 +614,8 @@ mod tests {
             counts[sample(&logits, &config, &draws)? as usize] += 1.0;
         }
         for (count, p) in counts.into_iter().zip([0.125, 0.375, 0.0, 0.5]) {
-            let sigma = (8000.0 * p * (1.0 - p) as f64).sqrt();
-            assert!((count - 8000.0 * p).abs() <= 4.0 * sigma, "{counts:?}");
+            let variance: f64 = 8000.0 * p * (1.0 - p);
+            assert!((count - 8000.0 * p).abs() <= 4.0 * variance.sqrt(), "{counts:?}");
         }
         Ok(())
     }
