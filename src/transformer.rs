@@ -13,13 +13,12 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, IndexOp, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder, ops as nn_ops};
-use rand::distr::weighted::WeightedIndex;
-use rand::{Rng, SeedableRng, rngs::StdRng};
 
+use crate::layers::{DropPath, Dropout};
 use crate::mask::{DropMask, MaskGenerator};
 use crate::ops::{
-    Activation, AttentionMask, Norm, StochasticDepth, activation_dropout, drop_path_add, dropout,
-    dropout_add_norm, softmax_dropout,
+    Activation, AttentionMask, Norm, activation_dropout, drop_path_add, dropout, dropout_add_norm,
+    softmax_dropout,
 };
 
 /// The hyperparameters of a [`Gpt`], with the names Hugging Face gives them.
@@ -104,7 +103,8 @@ impl GptConfig {
         if !self.n_embd.is_multiple_of(self.n_head) {
             let (n_embd, n_head) = (self.n_embd, self.n_head);
             bail!(
-                "gpt: n_embd: expected a multiple of n_head = {n_head}, got {n_embd}: change one of the two"
+                "gpt: n_embd: expected a multiple of n_head = {n_head}, got {n_embd}: change one of \
+                 the two"
             )
         }
         let rates = [
@@ -149,26 +149,8 @@ impl Default for GenerationConfig {
     }
 }
 
-/// One place in the model where something is dropped: it draws one key a call in training, whatever
-/// its rate.
-#[derive(Debug)]
-struct DropSite {
-    drop_p: f32,
-    generator: Arc<MaskGenerator>,
-}
-
-impl DropSite {
-    fn draw(&self, train: bool) -> Result<DropMask> {
-        if train {
-            DropMask::new(self.drop_p, self.generator.next_key())
-        } else {
-            Ok(DropMask::none())
-        }
-    }
-}
-
-/// A norm that a fused op may apply, or candle's chain of ops; candle-nn's `LayerNorm` would end the
-/// graph.
+/// A norm that a fused op may apply, or candle's chain of ops; candle-nn's `LayerNorm` would end
+/// the graph.
 #[derive(Debug)]
 struct LayerNorm {
     weight: Tensor,
@@ -219,13 +201,13 @@ impl Projection {
     }
 }
 
-/// Adds a branch to the residual stream, `z = residual + drop_path(dropout(x W + b))`, and normalises the
-/// sum for the next branch.
+/// Adds a branch to the residual stream, `z = residual + drop_path(dropout(x W + b))`, and
+/// normalises the sum for the next branch.
 #[derive(Debug)]
 struct ResidualBranch {
     proj: Projection,
-    drop: DropSite,
-    drop_path: DropSite,
+    drop: Dropout,
+    drop_path: DropPath,
     fused: bool,
 }
 
@@ -238,8 +220,8 @@ impl ResidualBranch {
         next: &LayerNorm,
         train: bool,
     ) -> Result<(Tensor, Tensor)> {
-        let (drop, drop_path) = (self.drop.draw(train)?, self.drop_path.draw(train)?);
-        let skips_samples = train && self.drop_path.drop_p > 0.0;
+        let (drop, drop_path) = (self.drop.next_mask(train)?, self.drop_path.next_mask(train)?);
+        let skips_samples = !drop_path.is_none();
         let y = self.proj.matmul(x)?; // [B, T, C]
         if self.fused && !skips_samples {
             let (residual, bias) = (Some(residual), Some(&self.proj.bias));
@@ -249,10 +231,11 @@ impl ResidualBranch {
         let z = if !skips_samples {
             (residual + y)? // [B, T, C]
         } else if self.fused {
-            drop_path_add(&y, residual, StochasticDepth::Row, &drop_path)? // [B, T, C]
+            drop_path_add(&y, residual, self.drop_path.mode(), &drop_path)? // [B, T, C]
         } else {
             let b = y.dim(0)?;
-            let keep = dropout(&Tensor::ones((1, b), y.dtype(), y.device())?, &drop_path)?; // [1, B]
+            let ones = Tensor::ones((1, b), y.dtype(), y.device())?;
+            let keep = dropout(&ones, &drop_path)?; // [1, B]
             (residual + y.broadcast_mul(&keep.reshape((b, 1, 1))?)?)? // [B, T, C]
         };
         let n = next.forward(&z)?; // [B, T, C]
@@ -264,7 +247,7 @@ impl ResidualBranch {
 struct Attention {
     c_attn: Projection,
     c_proj: ResidualBranch,
-    drop: DropSite,
+    drop: Dropout,
     n_head: usize,
     fused: bool,
 }
@@ -279,10 +262,12 @@ impl Attention {
     ) -> Result<(Tensor, Tensor)> {
         let (b, t, c) = x.dims3()?;
         let heads = (b, t, 3, self.n_head, c / self.n_head);
-        let qkv = self.c_attn.forward(x)?.reshape(heads)?.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
-        let (q, k, v) = (qkv.i(0)?.contiguous()?, qkv.i(1)?, qkv.i(2)?.contiguous()?); // [B, H, T, D]
+        let qkv = self.c_attn.forward(x)?.reshape(heads)?; // [B, T, 3, H, D]
+        let qkv = qkv.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
+        let (q, k) = (qkv.i(0)?.contiguous()?, qkv.i(1)?); // [B, H, T, D]
+        let v = qkv.i(2)?.contiguous()?; // [B, H, T, D]
         let scores = q.matmul(&k.transpose(2, 3)?.contiguous()?)?; // [B, H, T, T]
-        let weights = self.weights(&scores, &self.drop.draw(train)?)?; // [B, H, T, T]
+        let weights = self.weights(&scores, &self.drop.next_mask(train)?)?; // [B, H, T, T]
         let y = weights.matmul(&v)?.transpose(1, 2)?.reshape((b, t, c))?; // [B, T, C]
         self.c_proj.forward(&y, residual, next, train)
     }
@@ -297,7 +282,8 @@ impl Attention {
         let t = scores.dim(D::Minus1)?;
         let future: Vec<f32> =
             (0..t * t).map(|at| if at % t > at / t { f32::NEG_INFINITY } else { 0.0 }).collect();
-        let future = Tensor::from_vec(future, (t, t), scores.device())?.to_dtype(scores.dtype())?; // [T, T]
+        let future = Tensor::from_vec(future, (t, t), scores.device())?; // [T, T]
+        let future = future.to_dtype(scores.dtype())?;
         let scores = (scores * scale)?.broadcast_add(&future)?; // [B, H, T, T]
         dropout(&nn_ops::softmax(&scores, D::Minus1)?, drop) // [B, H, T, T]
     }
@@ -306,9 +292,15 @@ impl Attention {
 /// GELU's tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415), written `x sigmoid(2 u)` for the
 /// same `u = sqrt(2 / pi) (x + 0.044715 x^3)`: candle's own evaluates tanh and powers one element
 /// at a time, which took 40 % of a training step on the CPU.
+///
+/// Halves are computed in f32: the square of an f16 above 255 is infinite, and the gradient then no
+/// number.
 fn gelu(x: &Tensor) -> Result<Tensor> {
+    let dtype = x.dtype();
+    let x = if dtype == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? };
     let twice = 2.0 * std::f64::consts::FRAC_2_PI.sqrt();
-    x * nn_ops::sigmoid(&(x * x.sqr()?.affine(0.044715 * twice, twice)?)?)?
+    let s = nn_ops::sigmoid(&(&x * x.sqr()?.affine(0.044715 * twice, twice)?)?)?;
+    (x * s)?.to_dtype(dtype)
 }
 
 #[derive(Debug)]
@@ -330,12 +322,16 @@ impl Block {
         vb: VarBuilder,
     ) -> Result<Self> {
         let (c, stdev, fused) = (config.n_embd, config.initializer_range, config.fused);
-        let drop = |drop_p| DropSite { drop_p, generator: generator.clone() };
+        let drop = |drop_p| Dropout::with_generator(drop_p, generator.clone());
         let residual = |inputs, vb| -> Result<ResidualBranch> {
             let stdev = stdev / ((2 * config.n_layer) as f64).sqrt();
-            let drop_path = drop(config.drop_path_rate * layer as f32 / config.n_layer as f32);
-            let proj = Projection::new(inputs, c, stdev, vb)?;
-            Ok(ResidualBranch { proj, drop: drop(config.resid_pdrop), drop_path, fused })
+            let (n_layer, last_drop_p) = (config.n_layer, config.drop_path_rate);
+            Ok(ResidualBranch {
+                proj: Projection::new(inputs, c, stdev, vb)?,
+                drop: drop(config.resid_pdrop),
+                drop_path: DropPath::linear(layer, n_layer, last_drop_p, generator.clone())?,
+                fused,
+            })
         };
         let attn = Attention {
             c_attn: Projection::new(c, 3 * c, stdev, vb.pp("attn.c_attn"))?,
@@ -354,7 +350,8 @@ impl Block {
         })
     }
 
-    /// The stream `x` and its norm `n`, of this block and then of what follows it, `[B, T, C]` each.
+    /// The stream `x` and its norm `n`, of this block and then of what follows it, `[B, T, C]`
+    /// each.
     fn forward(
         &self,
         (x, n): (Tensor, Tensor),
@@ -391,7 +388,14 @@ impl Block {
 /// use candle_nn::VarMap;
 ///
 /// # fn main() -> Result<()> {
-/// let config = GptConfig { vocab_size: 256, n_positions: 8, n_embd: 16, n_layer: 2, n_head: 4, ..Default::default() };
+/// let config = GptConfig {
+///     vocab_size: 256,
+///     n_positions: 8,
+///     n_embd: 16,
+///     n_layer: 2,
+///     n_head: 4,
+///     ..Default::default()
+/// };
 /// let vars = VarMap::new();
 /// let vb = seeded_var_builder(&vars, 1, DType::F32, &Device::Cpu);
 /// let gpt = Gpt::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
@@ -404,7 +408,7 @@ impl Block {
 pub struct Gpt {
     wte: Tensor,
     wpe: Tensor,
-    drop: DropSite,
+    drop: Dropout,
     blocks: Vec<Block>,
     ln_f: LayerNorm,
 }
@@ -425,7 +429,7 @@ impl Gpt {
             wpe: vb.get_with_hints((config.n_positions, config.n_embd), "wpe.weight", init)?,
             blocks: (1..=config.n_layer).map(block).collect::<Result<_>>()?,
             ln_f: LayerNorm::new(config, vb.pp("ln_f"))?,
-            drop: DropSite { drop_p: config.embd_pdrop, generator },
+            drop: Dropout::with_generator(config.embd_pdrop, generator),
         })
     }
 
@@ -440,19 +444,27 @@ impl Gpt {
     /// stochastic depth of the MLP branch.
     ///
     /// # Errors
-    /// `ids` is not `[B, T]`, is empty, is longer than `n_positions`, or holds a token outside the
-    /// vocabulary.
+    /// `ids` is not `[B, T]`, is empty or is longer than `n_positions`; on the CPU also if it holds
+    /// a token outside the vocabulary.
+    ///
+    /// On CUDA candle looks tokens up without asking the host: one outside the vocabulary fails an
+    /// assertion in the kernel, a later call that waits for the device reports it, and nothing runs
+    /// on that device any more until the process restarts. Check tokens of unknown origin on the
+    /// host, as [`generate`](Self::generate) does. On every device candle takes `u32::MAX` for "no
+    /// token", whose embedding is zero.
     pub fn forward(&self, ids: &Tensor, train: bool) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
         let (n_positions, c) = self.wpe.dims2()?;
         if b == 0 || t == 0 || t > n_positions {
             bail!(
-                "gpt: ids: expected [B, T] with B >= 1 and 1 <= T <= n_positions = {n_positions}, got [{b}, {t}]"
+                "gpt: ids: expected [B, T] with B >= 1 and 1 <= T <= n_positions = {n_positions}, \
+                 got [{b}, {t}]"
             )
         }
-        let tokens = self.wte.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, c))?; // [B, T, C]
+        let tokens = self.wte.index_select(&ids.flatten_all()?, 0)?; // [B*T, C]
+        let tokens = tokens.reshape((b, t, c))?; // [B, T, C]
         let x = tokens.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
-        let drop = self.drop.draw(train)?;
+        let drop = self.drop.next_mask(train)?;
         // Each branch is followed by the norm of the next one, the last by the final norm.
         let norm_of = |block: usize| self.blocks.get(block).map_or(&self.ln_f, |b| &b.ln_1);
         let first = norm_of(0);
@@ -476,13 +488,25 @@ impl Gpt {
     /// The whole visible context is computed for every token; once the text is longer than
     /// `n_positions` the model sees its last `n_positions` tokens.
     ///
+    /// # Randomness
+    /// Draws come from `config.seed` by the key derivation of the masks, so equal logits give equal
+    /// text in every release. No dropout mask is drawn.
+    ///
     /// # Errors
-    /// `prompt` is empty or holds a token outside the vocabulary, `temperature` is negative or not
-    /// finite, or `top_k` is 0.
+    /// `prompt` is empty or holds a token outside the vocabulary (found on the host, before any
+    /// computing), `temperature` is negative or not finite, `top_k` is 0, or a logit is not finite.
     pub fn generate(&self, prompt: &[u32], config: &GenerationConfig) -> Result<Vec<u32>> {
         let (temperature, n_positions) = (config.temperature, self.wpe.dim(0)?);
+        let vocab_size = self.wte.dim(0)?;
         if prompt.is_empty() {
             bail!("generate: prompt: expected at least 1 token, got none")
+        }
+        if let Some(at) = prompt.iter().position(|&token| token as usize >= vocab_size) {
+            let token = prompt[at];
+            bail!(
+                "generate: prompt: expected tokens below vocab_size = {vocab_size}, got {token} at \
+                 position {at}: was the text encoded for another vocabulary?"
+            )
         }
         if !(temperature.is_finite() && temperature >= 0.0) {
             bail!(
@@ -494,35 +518,47 @@ impl Gpt {
                 "generate: top_k: expected at least 1, got 0: use `None` to sample from all tokens"
             )
         }
-        let mut rng = StdRng::seed_from_u64(config.seed);
+        let draws = MaskGenerator::new(config.seed);
         let mut ids = prompt.to_vec();
         for _ in 0..config.max_new_tokens {
             let context = &ids[ids.len().saturating_sub(n_positions)..];
             let context = Tensor::new(context, self.wte.device())?.unsqueeze(0)?; // [1, T]
             let logits = self.forward(&context, false)?; // [1, T, V]
             let logits = logits.i((0, logits.dim(1)? - 1))?; // [V]
-            ids.push(sample(&logits.to_dtype(DType::F32)?.to_vec1()?, config, &mut rng)?);
+            ids.push(sample(&logits.to_dtype(DType::F32)?.to_vec1()?, config, &draws)?);
         }
         Ok(ids)
     }
 }
 
 /// Draws a token from `softmax(logits / temperature)` over the `top_k` likeliest.
-fn sample(logits: &[f32], config: &GenerationConfig, rng: &mut StdRng) -> Result<u32> {
+fn sample(logits: &[f32], config: &GenerationConfig, draws: &MaskGenerator) -> Result<u32> {
+    if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
+        let logit = logits[token];
+        bail!(
+            "generate: logits: expected finite numbers, got {logit} for token {token}: has training \
+             diverged?"
+        )
+    }
     let mut tokens: Vec<usize> = (0..logits.len()).collect();
     tokens.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+    let likeliest = tokens[0];
     if config.temperature == 0.0 {
-        return Ok(tokens[0] as u32);
+        return Ok(likeliest as u32);
     }
     tokens.truncate(config.top_k.unwrap_or(logits.len()));
-    let weight =
-        |&token: &usize| (f64::from(logits[token] - logits[tokens[0]]) / config.temperature).exp();
-    match WeightedIndex::new(tokens.iter().map(weight)) {
-        Ok(weights) => Ok(tokens[rng.sample(weights)] as u32),
-        Err(error) => {
-            bail!("generate: logits: expected finite numbers ({error}): has training diverged?")
-        }
-    }
+    let weight = |&token: &usize| {
+        ((f64::from(logits[token]) - f64::from(logits[likeliest])) / config.temperature).exp()
+    };
+    // No generator or sampler of another crate: those may change between releases.
+    let uniform = (draws.next_key().bits() >> 11) as f64 / (1u64 << 53) as f64;
+    let mut left = uniform * tokens.iter().map(weight).sum::<f64>();
+    let drawn = tokens.iter().find(|token| {
+        left -= weight(token);
+        left < 0.0
+    });
+    // Rounding may leave a rest after the last token.
+    Ok(*drawn.unwrap_or(&likeliest) as u32)
 }
 
 #[cfg(test)]
@@ -543,5 +579,57 @@ mod tests {
             assert!((ours - candles).abs() < 1e-5, "{ours}, not {candles}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn gelu_of_large_inputs_has_a_gradient_in_every_dtype() -> Result<()> {
+        for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+            let x = Tensor::new(&[-6e4f32, -257., 257., 6e4], &Device::Cpu)?.to_dtype(dtype)?;
+            let x = Var::from_tensor(&x)?;
+            let grads = gelu(&x)?.backward()?;
+            let Some(grad) = grads.get(&x) else { bail!("no gradient") };
+            assert_eq!(grad.to_dtype(DType::F32)?.to_vec1::<f32>()?, [0., 0., 1., 1.], "{dtype:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn tokens_of_a_seed_are_pinned() -> Result<()> {
+        // A changed token here means that equal seeds no longer give equal text.
+        let (logits, draws) = ([0.5, -1.0, 2.0, 0.0, 1.5], MaskGenerator::new(7));
+        let config = GenerationConfig { top_k: Some(4), ..Default::default() };
+        let tokens: Vec<u32> =
+            (0..16).map(|_| sample(&logits, &config, &draws)).collect::<Result<_>>()?;
+        assert_eq!(tokens, [4, 2, 3, 0, 4, 2, 2, 4, 4, 2, 0, 2, 3, 4, 2, 4]);
+        Ok(())
+    }
+
+    #[test]
+    fn tokens_are_drawn_as_often_as_they_are_likely() -> Result<()> {
+        let draws = MaskGenerator::new(1);
+        let logits = [0.0, f32::ln(3.0), -50.0, f32::ln(4.0)];
+        let config = GenerationConfig { top_k: Some(3), ..Default::default() };
+        let mut counts = [0f64; 4];
+        for _ in 0..8000 {
+            counts[sample(&logits, &config, &draws)? as usize] += 1.0;
+        }
+        for (count, p) in counts.into_iter().zip([0.125, 0.375, 0.0, 0.5]) {
+            let variance: f64 = 8000.0 * p * (1.0 - p);
+            assert!((count - 8000.0 * p).abs() <= 4.0 * variance.sqrt(), "{counts:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_an_error_at_every_temperature() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for temperature in [0.0, 1.0] {
+                let config = GenerationConfig { temperature, top_k: Some(1), ..Default::default() };
+                let draws = MaskGenerator::new(1);
+                let error = sample(&[1.0, bad, 2.0], &config, &draws).unwrap_err().to_string();
+                assert!(error.contains("logits: expected finite numbers, got"), "{error}");
+                assert!(error.contains("for token 1"), "{error}");
+            }
+        }
     }
 }

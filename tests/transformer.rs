@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_dropout::{GenerationConfig, Gpt, GptConfig, MaskGenerator, seeded_var_builder};
+use candle_dropout::{
+    Activation, AttentionMask, DropMask, GenerationConfig, Gpt, GptConfig, MaskGenerator, MaskKey,
+    Norm, reference, seeded_var_builder,
+};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
 
 fn tiny() -> GptConfig {
@@ -63,6 +66,29 @@ fn every_parameter_receives_a_finite_non_zero_gradient() -> Result<()> {
 }
 
 #[test]
+fn activations_beyond_256_train_in_f16() -> Result<()> {
+    for fused in [true, false] {
+        let vars = VarMap::new();
+        let vb = seeded_var_builder(&vars, 1, DType::F16, &Device::Cpu);
+        let config = GptConfig { fused, ..tiny() };
+        let gpt = Gpt::new(&config, Arc::new(MaskGenerator::new(1)), vb)?;
+        let large: Vec<f32> = (0..64).map(|i| if i % 2 == 0 { 300. } else { -2000. }).collect();
+        let large = Tensor::new(large, &Device::Cpu)?.to_dtype(DType::F16)?;
+        let vars = vars.data().lock().unwrap();
+        vars["h.0.mlp.c_fc.bias"].set(&large)?;
+
+        let logits = gpt.forward(&ids(8, 12, 0)?, true)?.to_dtype(DType::F32)?.flatten_to(1)?;
+        let grads = cross_entropy(&logits, &ids(8, 12, 1)?.flatten_all()?)?.backward()?;
+        for (name, var) in vars.iter() {
+            let grad = grads.get(var).unwrap().to_dtype(DType::F32)?.flatten_all()?;
+            let finite = grad.to_vec1::<f32>()?.iter().all(|g| g.is_finite());
+            assert!(finite, "{name}: gradient not finite (fused: {fused})");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn fused_and_unfused_training_agree() -> Result<()> {
     let train = |fused| -> Result<Vec<f32>> {
         let (gpt, vars) = model(&GptConfig { drop_path_rate: 0.1, fused, ..tiny() }, 3)?;
@@ -109,6 +135,166 @@ fn the_same_masks_are_drawn_fused_or_not_and_none_in_evaluation() -> Result<()> 
             );
         }
     }
+    Ok(())
+}
+
+/// The mask of every dropout site in the order of their keys, with the shape of what it drops.
+fn sites(
+    config: &GptConfig,
+    seed: u64,
+    (b, t): (usize, usize),
+) -> Result<Vec<(DropMask, Vec<usize>)>> {
+    let GptConfig { n_embd: c, n_head: h, n_layer, .. } = *config;
+    let mut sites = vec![(config.embd_pdrop, vec![b, t, c])];
+    for layer in 1..=n_layer {
+        let drop_path = config.drop_path_rate * layer as f32 / n_layer as f32;
+        sites.extend([
+            (config.attn_pdrop, vec![b, h, t, t]),
+            (config.resid_pdrop, vec![b, t, c]),
+            (drop_path, vec![1, b]),
+            (config.resid_pdrop, vec![b, t, c]),
+            (drop_path, vec![1, b]),
+        ]);
+    }
+    let keyed = |(counter, (drop_p, dims)): (usize, (f32, Vec<usize>))| {
+        Ok((DropMask::new(drop_p, MaskKey::derive(seed, counter as u64))?, dims))
+    };
+    sites.into_iter().enumerate().map(keyed).collect()
+}
+
+/// The logits of a GPT from the formulas, with these masks as (keep, scale).
+fn reference_logits(
+    config: &GptConfig,
+    vars: &VarMap,
+    ids: &Tensor,
+    masks: &[(Tensor, f64)],
+) -> Result<Tensor> {
+    let vars = vars.data().lock().unwrap();
+    let (b, t) = ids.dims2()?;
+    let (c, h) = (config.n_embd, config.n_head);
+    let norm = |x: &Tensor, name: String| {
+        let [weight, bias] = ["weight", "bias"].map(|v| vars[&format!("{name}.{v}")].as_tensor());
+        let bias = Some(bias.clone());
+        reference::norm(x, &Norm::layer_norm(weight.clone(), bias, config.layer_norm_epsilon))
+    };
+    let linear = |x: &Tensor, name: String| {
+        let [weight, bias] = ["weight", "bias"].map(|v| vars[&format!("{name}.{v}")].as_tensor());
+        x.broadcast_matmul(weight)?.broadcast_add(bias)
+    };
+    let wte = vars["wte.weight"].as_tensor();
+    let tokens = wte.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, c))?;
+    let x = tokens.broadcast_add(&vars["wpe.weight"].narrow(0, 0, t)?)?;
+    let mut masks = masks.iter();
+    let mut next = || masks.next().unwrap();
+    let (keep, scale) = next();
+    let mut x = reference::dropout(&x, keep, *scale)?;
+    for layer in 0..config.n_layer {
+        let qkv = linear(&norm(&x, format!("h.{layer}.ln_1"))?, format!("h.{layer}.attn.c_attn"))?;
+        let qkv = qkv.chunk(3, 2)?;
+        let heads = |x: &Tensor| x.reshape((b, t, h, c / h))?.transpose(1, 2)?.contiguous();
+        let (q, k, v) = (heads(&qkv[0])?, heads(&qkv[1])?, heads(&qkv[2])?);
+        let (keep, scale) = next();
+        let scores = q.matmul(&k.t()?.contiguous()?)?;
+        let of_key = 1. / ((c / h) as f64).sqrt();
+        let weights =
+            reference::softmax_dropout(&scores, of_key, &AttentionMask::Causal, keep, *scale)?;
+        let y = weights.matmul(&v)?.transpose(1, 2)?.reshape((b, t, c))?;
+        let mut add = |x: &Tensor, y: Tensor| {
+            let ((keep, scale), (path_keep, path_scale)) = (next(), next());
+            let y = reference::dropout(&y, keep, *scale)?;
+            reference::drop_path_add(&y, x, path_keep, *path_scale)
+        };
+        x = add(&x, linear(&y, format!("h.{layer}.attn.c_proj"))?)?;
+        let u = linear(&norm(&x, format!("h.{layer}.ln_2"))?, format!("h.{layer}.mlp.c_fc"))?;
+        let all = Tensor::ones(u.shape(), DType::U8, &Device::Cpu)?;
+        let y = reference::activation_dropout(&u, None, Activation::GeluTanh, &all, 1.)?;
+        x = add(&x, linear(&y, format!("h.{layer}.mlp.c_proj"))?)?;
+    }
+    norm(&x, "ln_f".into())?.broadcast_matmul(&wte.t()?)
+}
+
+#[test]
+fn every_site_drops_exactly_what_its_key_says_fused_or_not() -> Result<()> {
+    let config = GptConfig {
+        vocab_size: 7,
+        n_positions: 5,
+        n_head: 2,
+        initializer_range: 0.3,
+        drop_path_rate: 0.5,
+        ..tiny()
+    }
+    .with_dropout(0.5);
+    let ids = Tensor::new(&[[0u32, 5, 3, 3, 1], [6, 2, 4, 0, 5], [1, 1, 2, 6, 3]], &Device::Cpu)?;
+    let (b, t) = ids.dims2()?;
+    let seed = 11;
+    let sites = sites(&config, seed, (b, t))?;
+    let law = |(mask, dims): &(DropMask, Vec<usize>)| -> Result<(Tensor, f64)> {
+        let keep = mask.to_tensor(dims.clone(), &Device::Cpu)?;
+        Ok((keep, mask.rate().scale().into()))
+    };
+    let law = sites.iter().map(law).collect::<Result<Vec<_>>>()?;
+    let difference = |a: &Tensor, b: &Tensor| -> Result<f64> {
+        (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
+    };
+
+    // Logits and gradients of both forms are those of the formulas with the masks of the law.
+    let vars = VarMap::new();
+    let mut expected = None;
+    for fused in [true, false] {
+        let config = GptConfig { fused, ..config.clone() };
+        let vb = seeded_var_builder(&vars, 1, DType::F64, &Device::Cpu);
+        let masks = Arc::new(MaskGenerator::new(seed));
+        let gpt = Gpt::new(&config, masks.clone(), vb)?;
+        // Biases begin as zeros, and which of these are dropped does not show.
+        for (name, var) in vars.data().lock().unwrap().iter() {
+            if name.ends_with(".bias") && fused {
+                let values = (0..var.elem_count()).map(|i| 0.1 + 0.07 * (i % 5) as f64).collect();
+                var.set(&Tensor::from_vec(values, var.dims(), &Device::Cpu)?)?;
+            }
+        }
+        let logits = gpt.forward(&ids, true)?;
+        assert_eq!(masks.state().counter as usize, sites.len());
+        let formula = reference_logits(&config, &vars, &ids, &law)?;
+        let error = difference(&logits, &formula)?;
+        assert!(error < 1e-9, "fused {fused}: logits off by {error:e}");
+        let (grads, exact) = (logits.sqr()?.backward()?, formula.sqr()?.backward()?);
+        for (name, var) in vars.data().lock().unwrap().iter() {
+            let error = difference(grads.get(var).unwrap(), exact.get(var).unwrap())?;
+            assert!(error < 1e-7, "fused {fused}: gradient of {name} off by {error:e}");
+        }
+        expected = Some(formula.detach());
+    }
+
+    // And a single wrong element of any mask would show.
+    let expected = expected.unwrap();
+    let mut flips = 0;
+    for (site, (keep, _)) in law.iter().enumerate() {
+        let dims = keep.dims().to_vec();
+        let bits = keep.flatten_all()?.to_vec1::<u8>()?;
+        // What a skipped sample drops elsewhere in the branch shows nowhere, nor does the future.
+        let path = match site.checked_sub(1).map(|site| site % 5) {
+            Some(0) => Some(site + 2),
+            Some(1 | 3) => Some(site + 1),
+            _ => None,
+        };
+        let path = path.map(|path| law[path].0.flatten_all()?.to_vec1::<u8>()).transpose()?;
+        for at in 0..bits.len() {
+            let sample = at / (bits.len() / b);
+            let is_future = dims.len() == 4 && at % t > at / t % t;
+            if is_future || path.as_ref().is_some_and(|path| path[sample] == 0) {
+                continue;
+            }
+            let mut flipped = bits.clone();
+            flipped[at] ^= 1;
+            let mut masks = law.clone();
+            masks[site].0 = Tensor::from_vec(flipped, dims.clone(), &Device::Cpu)?;
+            let logits = reference_logits(&config, &vars, &ids, &masks)?;
+            let change = difference(&logits, &expected)?;
+            assert!(change > 1e-6, "site {site}, element {at}: changes logits by {change:e}");
+            flips += 1;
+        }
+    }
+    assert!(flips > 300, "only {flips} elements show");
     Ok(())
 }
 
@@ -209,7 +395,27 @@ fn bad_generation_settings_are_refused() -> Result<()> {
         error(&[1], GenerationConfig { top_k: Some(0), ..config() })
             .starts_with("generate: top_k:")
     );
-    assert!(gpt.generate(&[17], &config()).is_err());
+    for max_new_tokens in [0, 1] {
+        let config = || GenerationConfig { max_new_tokens, ..config() };
+        assert!(error(&[1, 16, 17], config()).starts_with(
+            "generate: prompt: expected tokens below vocab_size = 17, got 17 at position 2:"
+        ));
+        // Candle itself would look this one up as zeros.
+        assert!(error(&[u32::MAX], config()).contains("got 4294967295 at position 0"));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_model_that_has_diverged_generates_an_error_at_every_temperature() -> Result<()> {
+    let (gpt, vars) = model(&tiny(), 1)?;
+    let nan = Tensor::full(f32::NAN, 16, &Device::Cpu)?;
+    vars.data().lock().unwrap()["ln_f.bias"].set(&nan)?;
+    for temperature in [0., 1.] {
+        let config = GenerationConfig { temperature, ..Default::default() };
+        let error = gpt.generate(&[1], &config).unwrap_err().to_string();
+        assert!(error.starts_with("generate: logits: expected finite numbers, got NaN"), "{error}");
+    }
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 //! compared.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -63,10 +64,19 @@ const PROSE_TEST: [(&str, &str); 4] = [
 
 /// The built-in text: code to pretrain on, prose to fine-tune on, split by file.
 pub fn built_in() -> Result<(Splits, Splits)> {
-    let sources = Sources::locate().context(
-        "the built-in text is the source of this crate's dependencies, found with `cargo metadata`; \
-         pass your own with --pretrain PATH.. --finetune PATH..",
-    )?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    built_in_from(Sources::locate(&cargo, Path::new(env!("CARGO_MANIFEST_DIR"))))
+}
+
+/// Whatever is missing, text of one's own is the remedy.
+fn built_in_from(sources: Result<Sources>) -> Result<(Splits, Splits)> {
+    sources.and_then(|sources| texts(&sources)).context(
+        "the built-in text is the source of this crate's dependencies, which is not at hand; pass \
+         your own with --pretrain PATH.. --finetune PATH..",
+    )
+}
+
+fn texts(sources: &Sources) -> Result<(Splits, Splits)> {
     let mut code = Vec::new();
     for (name, version) in CODE {
         code.extend(sources.rust_files(name, version)?);
@@ -89,12 +99,12 @@ struct Package {
 }
 
 impl Sources {
-    fn locate() -> Result<Self> {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    /// Asks `cargo` for the dependencies of the package in `folder`.
+    fn locate(cargo: &OsStr, folder: &Path) -> Result<Self> {
+        ensure!(folder.is_dir(), "the folder {} no longer exists", folder.display());
         let run = |args: &[&str]| -> Result<String> {
-            let command = || format!("`{} {}`", Path::new(&cargo).display(), args.join(" "));
-            let output =
-                Command::new(&cargo).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+            let command = || format!("`{} {}`", Path::new(cargo).display(), args.join(" "));
+            let output = Command::new(cargo).args(args).current_dir(folder).output();
             let output = output.with_context(|| format!("cannot run {}", command()))?;
             ensure!(
                 output.status.success(),
@@ -134,7 +144,8 @@ impl Sources {
             .0
             .iter()
             .find(|package| package.name == name && package.version.starts_with(version));
-        found.with_context(|| format!("{name} {version} is not among the dependencies"))
+        let wanted = || format!("{name} {version}");
+        found.with_context(|| format!("{} is not among the dependencies", wanted().trim_end()))
     }
 
     fn file(&self, name: &str, file: &str) -> Result<Document> {
@@ -390,6 +401,36 @@ mod tests {
             "the text has changed (hash {hash:#018x}): figures in the documentation need a new run"
         );
         assert!(code.bytes().iter().all(|&bytes| bytes > 100_000), "{:?}", code.bytes());
+    }
+
+    #[test]
+    fn whatever_the_built_in_text_lacks_the_remedy_is_named() {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let moved = |name: &str| {
+            let mut sources = Sources::locate(&cargo, here).unwrap();
+            let package = sources.0.iter_mut().find(|package| package.name == name).unwrap();
+            package.folder = "no/such/folder".into();
+            Ok(sources)
+        };
+        let without = |name: &str| {
+            let mut sources = Sources::locate(&cargo, here).unwrap();
+            sources.0.retain(|package| package.name != name);
+            Ok(sources)
+        };
+        for (sources, cause) in [
+            (Sources::locate("no-such-cargo".as_ref(), here), "cannot run `no-such-cargo"),
+            (Sources::locate("false".as_ref(), here), "`false --version --verbose` failed"),
+            (Sources::locate(&cargo, Path::new("no/such/folder")), "no/such/folder no longer"),
+            (Sources::locate(&cargo, &std::env::temp_dir()), "failed: "),
+            (moved("candle-nn"), "cannot list no/such/folder"),
+            (moved("proptest"), "cannot read no/such/folder/CHANGELOG.md"),
+            (without("half"), "half is not among the dependencies"),
+        ] {
+            let error = format!("{:#}", built_in_from(sources).map(drop).unwrap_err());
+            assert!(error.contains("with --pretrain PATH.. --finetune PATH.."), "{error}");
+            assert!(error.contains(cause), "{cause}: {error}");
+        }
     }
 
     #[test]

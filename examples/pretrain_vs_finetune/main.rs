@@ -15,6 +15,7 @@
 
 mod corpus;
 mod progress;
+mod random;
 mod report;
 mod settings;
 mod stats;
@@ -66,7 +67,8 @@ fn job(args: &Args) -> Result<Report> {
     let rates = [&settings.pretrain_rates[..], &settings.finetune_rates[..]].concat();
     check_guards(&tasks[&Phase::Pretrain], &shared, &rates)?;
     println!(
-        "guards: p = 0 equals no dropout bit for bit, equal seeds give equal runs, keep rates within 4 sigma"
+        "guards: p = 0 equals no dropout bit for bit, equal seeds give equal runs, keep rates \
+         within 4 sigma"
     );
     let pretrained = run_phase(Phase::Pretrain, &tasks, &shared, &settings, &[])?;
     let finetuned = run_phase(Phase::Finetune, &tasks, &shared, &settings, &pretrained)?;
@@ -144,7 +146,8 @@ fn tasks(
     corpus::truncate(&mut finetune.train, settings.finetune_bytes);
     ensure!(
         !corpus::all_windows(&finetune.train, context).is_empty(),
-        "fine-tuning text: no document is longer than a window of {} bytes: give longer documents or lower --context",
+        "fine-tuning text: no document is longer than a window of {} bytes: give longer documents \
+         or lower --context",
         context + 1
     );
 

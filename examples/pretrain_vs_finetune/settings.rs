@@ -251,11 +251,12 @@ impl Settings {
     }
 
     pub fn pretrain_seeds(&self) -> std::ops::Range<u64> {
-        self.seed..self.seed + self.pretrain_seeds as u64
+        // `validate` has seen to it that the sum is a seed.
+        self.seed..self.seed.saturating_add(self.pretrain_seeds as u64)
     }
 
     pub fn finetune_seeds(&self) -> std::ops::Range<u64> {
-        self.seed..self.seed + self.finetune_seeds as u64
+        self.seed..self.seed.saturating_add(self.finetune_seeds as u64)
     }
 
     #[cfg(test)]
@@ -277,6 +278,13 @@ impl Settings {
         for (flag, value) in at_least_one {
             ensure!(value > 0, "{flag}: expected at least 1, got 0");
         }
+        let largest = u64::MAX.saturating_sub(self.pretrain_seeds as u64);
+        ensure!(
+            self.seed <= largest,
+            "--seed: expected at most {largest}, so that {} seeds follow on it, got {}",
+            self.pretrain_seeds,
+            self.seed
+        );
         for (flag, value) in
             [("--pretrain-lr", self.pretrain.lr), ("--finetune-lr", self.finetune.lr)]
         {
@@ -290,8 +298,8 @@ impl Settings {
         }
         ensure!(
             self.finetune_seeds <= self.pretrain_seeds,
-            "--finetune-seeds: expected at most --pretrain-seeds = {}, got {}: every fine-tuning run starts from the \
-             pretrained model of its seed",
+            "--finetune-seeds: expected at most --pretrain-seeds = {}, got {}: every fine-tuning run \
+             starts from the pretrained model of its seed",
             self.pretrain_seeds,
             self.finetune_seeds
         );
@@ -379,6 +387,13 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_seed_is_followed_by_all_others() {
+        let s = settings(&["--seed", "18446744073709551611"]).unwrap();
+        assert_eq!(s.pretrain_seeds().count(), 4);
+        assert_eq!(s.finetune_seeds().last(), Some(u64::MAX - 1));
+    }
+
+    #[test]
     fn bad_flags_are_refused_with_a_reason() {
         let error = |flags: &[&str]| settings(flags).unwrap_err().to_string();
         assert!(error(&["--pretrain-rates", "0.1,1"]).contains("expected 0 <= p < 1, got 1"));
@@ -388,5 +403,7 @@ mod tests {
             error(&["--heads", "5"]).contains("gpt: n_embd: expected a multiple of n_head = 5")
         );
         assert!(error(&["--pretrain", "a.txt"]).contains("--finetune"));
+        let error = error(&["--seed", "18446744073709551615"]);
+        assert!(error.contains("--seed: expected at most 18446744073709551611"), "{error}");
     }
 }

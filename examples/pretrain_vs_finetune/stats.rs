@@ -1,7 +1,8 @@
 //! Paired comparisons over few seeds: Student's t, Holm, a bootstrap over documents.
 
-use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::Serialize;
+
+use super::random::Random;
 
 /// Mean of `values`; not a number when there are none.
 pub fn mean(values: &[f64]) -> f64 {
@@ -69,7 +70,8 @@ impl PairedDifference {
 pub fn holm(differences: &mut [PairedDifference]) {
     let mut order: Vec<usize> =
         (0..differences.len()).filter(|&i| differences[i].p_value.is_some()).collect();
-    order.sort_by(|&a, &b| differences[a].p_value.partial_cmp(&differences[b].p_value).unwrap());
+    let p_value = |i: usize| differences[i].p_value.unwrap_or(1.0);
+    order.sort_by(|&a, &b| p_value(a).total_cmp(&p_value(b)));
     let mut largest = 0.0f64;
     for (rank, &i) in order.iter().enumerate() {
         let corrected = differences[i].p_value.unwrap_or(1.0) * (order.len() - rank) as f64;
@@ -91,12 +93,12 @@ pub fn bootstrap_documents(
     if a.len() < 2 || a.len() != b.len() {
         return None;
     }
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut random = Random::new(seed);
     let mut differences: Vec<f64> = (0..draws)
         .map(|_| {
             let (mut sum, mut tokens) = (0.0, 0);
             for _ in 0..a.len() {
-                let document = rng.random_range(0..a.len());
+                let document = random.below(a.len());
                 sum += a[document].0 - b[document].0;
                 tokens += a[document].1;
             }
@@ -241,6 +243,10 @@ mod tests {
         for (got, expected) in corrected.iter().zip([0.03, 0.06, 0.06, 0.02]) {
             assert!((got - expected).abs() < 1e-12, "{corrected:?}");
         }
+        // A loss that is no number leaves the other comparisons alone.
+        d[3].p_value = Some(f64::NAN);
+        holm(&mut d);
+        assert_eq!(d[0].p_holm, Some(0.04));
     }
 
     #[test]

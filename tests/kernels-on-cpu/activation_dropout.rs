@@ -143,7 +143,7 @@ fn the_mask_is_that_of_an_independent_implementation() {
 
 /// Where the cube within GELU overflows, the slope is 0 or 1 and no NaN.
 fn slopes_are_flat<T: Element>() {
-    let sizes = if size_of::<T>() == 4 || T::DTYPE == DType::BF16 {
+    let sizes = if size_of::<T>() == 4 || T::DTYPE == candle_core::DType::BF16 {
         [257., 6e4, 1e20, 1e38]
     } else {
         [257., 1e3, 1e4, 6e4]
