@@ -20,6 +20,9 @@ struct MaskArgs {
     uint64_t col_0;  // column of the whole mask at which the tensor begins
     RowMap rows;     // row of the whole mask for a row of the tensor
 };
+static_assert(sizeof(MaskArgs) == 88 && offsetof(MaskArgs, threshold) == 8 && offsetof(MaskArgs, scale) == 12 &&
+                  offsetof(MaskArgs, col_0) == 16 && offsetof(MaskArgs, rows) == 24,
+              "as src/mask/args.rs lays it out");
 
 // The 16-bit draws of 8 neighbouring columns, two to a word.
 struct Draws {

@@ -1,6 +1,7 @@
 // Where the rows of a tensor lie in something larger, smaller or broadcast. Twin of src/rows.rs.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 // Row r becomes base + sum over g of digit_g(r) * stride[g]; the digits of r are taken in the mixed
@@ -22,3 +23,5 @@ struct RowMap {
         return mapped + row * stride[3];
     }
 };
+static_assert(sizeof(RowMap) == 64 && offsetof(RowMap, size) == 8 && offsetof(RowMap, stride) == 32,
+              "as src/rows.rs lays it out");

@@ -33,6 +33,10 @@ struct ScoreArgs {
         return end > queries ? end - queries : 0;
     }
 };
+static_assert(sizeof(ScoreArgs) == 104 && offsetof(ScoreArgs, additive_rows) == 8 &&
+                  offsetof(ScoreArgs, additive_cols) == 72 && offsetof(ScoreArgs, scale) == 80 &&
+                  offsetof(ScoreArgs, grad_scale) == 88 && offsetof(ScoreArgs, causal) == 96,
+              "as src/ops/softmax_dropout/mask.rs lays it out");
 
 // Halves round to 8 or 11 bits, so the fast exponential is exact enough for them.
 template <typename T>
@@ -169,7 +173,8 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
         const Row<VECTOR, T> row(scores, additive, args, r, keys);
         Softmax<VECTOR, RESIDENT, T> softmax(row, scratch);
 
-        // Step 3: dP and its product with P.
+        // Step 3: dP and its product with P. A key of probability 0 passes nothing on, by selection: its
+        // dy may be infinite.
         const uint64_t mask_row = drop.rows.map(r);
         float dp[N][WIDTH];
         auto load_dp = [&](int i, uint64_t key) {
@@ -189,7 +194,7 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
             const float(&e)[WIDTH] = softmax.exponentials(i, key);
             load_dp(i, key);
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) thread_dot += e[j] * dp[i][j];
+            for (int j = 0; j < WIDTH; ++j) thread_dot += e[j] == 0.f ? 0.f : e[j] * dp[i][j];
         });
         const float dot = team_reduce(thread_dot, scratch, Sum()) * softmax.normaliser;
         if (!is_mine) continue;
@@ -201,7 +206,9 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
             float(&e)[WIDTH] = softmax.exponentials(i, key);
             if (!RESIDENT) load_dp(i, key);
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) e[j] = e[j] * (dp[i][j] - dot) * scale;
+            for (int j = 0; j < WIDTH; ++j) {
+                e[j] = e[j] == 0.f ? 0.f : e[j] * (dp[i][j] - dot) * scale;
+            }
             store<VECTOR>(dscores + r * keys + key, count_at(key, keys), e);
         });
     }

@@ -89,7 +89,9 @@ install() {
 
 has_driver() {
   local ldconfig
-  ldconfig="$(PATH="$PATH:/sbin:/usr/sbin" command -v ldconfig)" && "$ldconfig" -p | grep -q 'libcuda\.so\.1' && return
+  # No pipe into grep -q: it would leave early, and pipefail would take that for a failure.
+  ldconfig="$(PATH="$PATH:/sbin:/usr/sbin" command -v ldconfig)" &&
+    [[ "$("$ldconfig" -p)" == *libcuda.so.1* ]] && return
   ls /usr/lib/wsl/lib/libcuda.so.1 /run/opengl-driver/lib/libcuda.so.1 >/dev/null 2>&1
 }
 

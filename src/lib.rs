@@ -1,4 +1,32 @@
-//! Every dropout worth having for [candle](https://github.com/huggingface/candle).
+//! Fused dropout for [candle](https://github.com/huggingface/candle): CUDA kernels, a CPU path that draws
+//! the very same masks, gradients that arrive, and no stored masks.
+//!
+//! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
+//!   [`softmax_dropout`], [`drop_path_add`]. Each takes a [`DropMask`], which says what is dropped.
+//! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
+//!   [`MaskGenerator`], one key a call, and only in training.
+//! - A model: [`Gpt`], and [`seeded_var_builder`] for repeatable weights.
+//!
+//! # The mask law
+//! One pure function of a key and a coordinate decides what is dropped: the last dimension of a tensor
+//! is its column, the others flattened are its row, and a 16-bit draw of Philox4x32-7 at that coordinate
+//! is compared with a threshold. So a mask is the same on CPU and CUDA, forward and backward, in a fused
+//! op and in its unfused form, in a whole tensor and in its shards ([`DropMask::window`]); nobody stores
+//! one, and the sixteen bytes of a [`MaskState`] resume or replay a run.
+//!
+//! # Example
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use candle_dropout::{DropMask, MaskGenerator, dropout_add};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let generator = MaskGenerator::new(42);
+//! let stream = Tensor::randn(0f32, 1., (4, 16), &Device::Cpu)?;
+//! let drop = DropMask::new(0.1, generator.next_key())?; // one key for each site and step
+//! let stream = dropout_add(&stream.gelu()?, &stream, None, &drop)?; // stream + dropout(branch)
+//! # Ok(())
+//! # }
+//! ```
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
 mod claim;
@@ -22,7 +50,12 @@ pub use layers::{
 };
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
-    AttentionMask, Norm, StochasticDepth, drop_path_add, dropout, dropout_add, dropout_add_norm,
-    softmax_dropout,
+    Activation, AttentionMask, Norm, StochasticDepth, activation_dropout, drop_path_add, dropout,
+    dropout_add, dropout_add_norm, softmax_dropout,
 };
 pub use transformer::{GenerationConfig, Gpt, GptConfig};
+
+/// The examples of the README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

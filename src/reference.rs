@@ -8,7 +8,7 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use crate::{AttentionMask, Norm};
+use crate::{Activation, AttentionMask, Norm};
 
 /// `keep ? x * drop_scale : 0`; see [`dropout`](crate::dropout).
 ///
@@ -37,6 +37,35 @@ pub fn dropout_add(
     };
     let kept = (residual + (branch * drop_scale)?)?;
     keep.where_cond(&kept, residual)
+}
+
+/// `keep ? act(x + bias) * drop_scale : 0`; see [`activation_dropout`](crate::activation_dropout).
+///
+/// # Errors
+/// The shapes or dtypes differ.
+pub fn activation_dropout(
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    activation: Activation,
+    keep: &Tensor,
+    drop_scale: f64,
+) -> Result<Tensor> {
+    let u = match bias {
+        Some(bias) => x.broadcast_add(bias)?.reshape(x.shape())?,
+        None => x.clone(),
+    };
+    let halves = || u.chunk(2, D::Minus1);
+    let a = match activation {
+        Activation::GeluTanh => gelu(&u)?,
+        Activation::GeluErf => {
+            (&u * ((&u * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.)?)?.affine(0.5, 0.)?
+        }
+        Activation::Silu => u.silu()?,
+        Activation::Relu => u.relu()?,
+        Activation::SwiGlu => (halves()?[0].silu()? * &halves()?[1])?,
+        Activation::GeGlu => (gelu(&halves()?[0])? * &halves()?[1])?,
+    };
+    dropout(&a, keep, drop_scale)
 }
 
 /// LayerNorm or RMSNorm over the last dimension; see [`Norm`].
@@ -136,6 +165,12 @@ pub fn drop_path_add(
     }
     let keep = keep.reshape(per_sample)?.broadcast_as(x.shape())?;
     dropout_add(x, residual, None, &keep, drop_scale)
+}
+
+/// The tanh form; the gradient of candle's own is that of constants rounded to six digits.
+fn gelu(u: &Tensor) -> Result<Tensor> {
+    let w = (u * u.sqr()?.affine(0.044715, 1.)?)?.affine(std::f64::consts::FRAC_2_PI.sqrt(), 0.)?;
+    (u * (w.tanh()? + 1.)?)?.affine(0.5, 0.)
 }
 
 /// 1 where query `i` sees key `j`: `j <= i + keys - queries`.

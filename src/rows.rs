@@ -67,6 +67,8 @@ impl RowMap {
 
 #[cfg(test)]
 mod tests {
+    use std::mem::offset_of;
+
     use super::*;
 
     /// Every row of a `dims` grid against its digits taken one dimension at a time.
@@ -99,6 +101,14 @@ mod tests {
     fn contiguous_dimensions_need_no_division() {
         let map = RowMap::new(&[4, 1, 6], &[6, 6, 1], 0).unwrap();
         assert_eq!(map.size, [u64::MAX; 3]);
+    }
+
+    #[test]
+    fn the_layout_is_that_of_the_kernels() {
+        assert_eq!(size_of::<RowMap>(), 64);
+        let offsets =
+            [offset_of!(RowMap, base), offset_of!(RowMap, size), offset_of!(RowMap, stride)];
+        assert_eq!(offsets, [0, 8, 32]);
     }
 
     #[test]

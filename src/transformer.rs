@@ -11,14 +11,15 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, DType, IndexOp, Result, Tensor, bail};
+use candle_core::{D, DType, IndexOp, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder, ops as nn_ops};
 use rand::distr::weighted::WeightedIndex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::mask::{DropMask, MaskGenerator};
 use crate::ops::{
-    AttentionMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
+    Activation, AttentionMask, Norm, StochasticDepth, activation_dropout, drop_path_add, dropout,
+    dropout_add_norm, softmax_dropout,
 };
 
 /// The hyperparameters of a [`Gpt`], with the names Hugging Face gives them.
@@ -166,23 +167,29 @@ impl DropSite {
     }
 }
 
-/// candle-nn's `LayerNorm` ends the graph on contiguous input; this one passes gradients on.
+/// A norm that a fused op may apply, or candle's chain of ops; candle-nn's `LayerNorm` would end the
+/// graph.
 #[derive(Debug)]
 struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
-    epsilon: f64,
+    norm: Norm,
+    fused: bool,
 }
 
 impl LayerNorm {
     fn new(config: &GptConfig, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints(config.n_embd, "weight", Init::Const(1.0))?;
         let bias = vb.get_with_hints(config.n_embd, "bias", Init::Const(0.0))?;
-        Ok(Self { weight, bias, epsilon: config.layer_norm_epsilon })
+        let norm = Norm::layer_norm(weight.clone(), Some(bias.clone()), config.layer_norm_epsilon);
+        Ok(Self { weight, bias, norm, fused: config.fused })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        nn_ops::layer_norm_slow(x, &self.weight, &self.bias, self.epsilon as f32)
+        match self.fused {
+            true => self.norm.forward(x),
+            false => nn_ops::layer_norm_slow(x, &self.weight, &self.bias, self.norm.eps() as f32),
+        }
     }
 }
 
@@ -212,7 +219,8 @@ impl Projection {
     }
 }
 
-/// Adds a branch to the residual stream: `residual + drop_path(dropout(x W + b))`.
+/// Adds a branch to the residual stream, `z = residual + drop_path(dropout(x W + b))`, and normalises the
+/// sum for the next branch.
 #[derive(Debug)]
 struct ResidualBranch {
     proj: Projection,
@@ -222,23 +230,33 @@ struct ResidualBranch {
 }
 
 impl ResidualBranch {
-    fn forward(&self, x: &Tensor, residual: &Tensor, train: bool) -> Result<Tensor> {
+    /// `z` and `next(z)`, `[B, T, C]` each.
+    fn forward(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        next: &LayerNorm,
+        train: bool,
+    ) -> Result<(Tensor, Tensor)> {
         let (drop, drop_path) = (self.drop.draw(train)?, self.drop_path.draw(train)?);
         let skips_samples = train && self.drop_path.drop_p > 0.0;
         let y = self.proj.matmul(x)?; // [B, T, C]
         if self.fused && !skips_samples {
-            return dropout_add(&y, residual, Some(&self.proj.bias), &drop); // [B, T, C]
+            let (residual, bias) = (Some(residual), Some(&self.proj.bias));
+            return dropout_add_norm(&y, residual, bias, &next.norm, &drop);
         }
         let y = dropout(&y.broadcast_add(&self.proj.bias)?, &drop)?; // [B, T, C]
-        if !skips_samples {
-            return residual + y; // [B, T, C]
-        }
-        if self.fused {
-            return drop_path_add(&y, residual, StochasticDepth::Row, &drop_path); // [B, T, C]
-        }
-        let b = y.dim(0)?;
-        let keep = dropout(&Tensor::ones((1, b), y.dtype(), y.device())?, &drop_path)?; // [1, B]
-        residual + y.broadcast_mul(&keep.reshape((b, 1, 1))?)? // [B, T, C]
+        let z = if !skips_samples {
+            (residual + y)? // [B, T, C]
+        } else if self.fused {
+            drop_path_add(&y, residual, StochasticDepth::Row, &drop_path)? // [B, T, C]
+        } else {
+            let b = y.dim(0)?;
+            let keep = dropout(&Tensor::ones((1, b), y.dtype(), y.device())?, &drop_path)?; // [1, B]
+            (residual + y.broadcast_mul(&keep.reshape((b, 1, 1))?)?)? // [B, T, C]
+        };
+        let n = next.forward(&z)?; // [B, T, C]
+        Ok((z, n))
     }
 }
 
@@ -252,7 +270,13 @@ struct Attention {
 }
 
 impl Attention {
-    fn forward(&self, x: &Tensor, residual: &Tensor, train: bool) -> Result<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        next: &LayerNorm,
+        train: bool,
+    ) -> Result<(Tensor, Tensor)> {
         let (b, t, c) = x.dims3()?;
         let heads = (b, t, 3, self.n_head, c / self.n_head);
         let qkv = self.c_attn.forward(x)?.reshape(heads)?.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
@@ -260,7 +284,7 @@ impl Attention {
         let scores = q.matmul(&k.transpose(2, 3)?.contiguous()?)?; // [B, H, T, T]
         let weights = self.weights(&scores, &self.drop.draw(train)?)?; // [B, H, T, T]
         let y = weights.matmul(&v)?.transpose(1, 2)?.reshape((b, t, c))?; // [B, T, C]
-        self.c_proj.forward(&y, residual, train) // [B, T, C]
+        self.c_proj.forward(&y, residual, next, train)
     }
 
     /// `dropout(softmax(scores / sqrt(D) + causal mask))`, `[B, H, T, T]`.
@@ -294,6 +318,7 @@ struct Block {
     ln_2: LayerNorm,
     c_fc: Projection,
     c_proj: ResidualBranch,
+    fused: bool,
 }
 
 impl Block {
@@ -325,13 +350,29 @@ impl Block {
             ln_2: LayerNorm::new(config, vb.pp("ln_2"))?,
             c_fc: Projection::new(c, 4 * c, stdev, vb.pp("mlp.c_fc"))?,
             c_proj: residual(4 * c, vb.pp("mlp.c_proj"))?,
+            fused,
         })
     }
 
-    fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        let x = self.attn.forward(&self.ln_1.forward(x)?, x, train)?; // [B, T, C]
-        let h = gelu(&self.c_fc.forward(&self.ln_2.forward(&x)?)?)?; // [B, T, 4C]
-        self.c_proj.forward(&h, &x, train) // [B, T, C]
+    /// The stream `x` and its norm `n`, of this block and then of what follows it, `[B, T, C]` each.
+    fn forward(
+        &self,
+        (x, n): (Tensor, Tensor),
+        next: &LayerNorm,
+        train: bool,
+    ) -> Result<(Tensor, Tensor)> {
+        let (x, n) = self.attn.forward(&n, &x, &self.ln_2, train)?; // [B, T, C]
+        self.c_proj.forward(&self.hidden(&n)?, &x, next, train) // [B, T, C]
+    }
+
+    /// `gelu(n W + b)`, `[B, T, 4C]`.
+    fn hidden(&self, n: &Tensor) -> Result<Tensor> {
+        let h = self.c_fc.matmul(n)?; // [B, T, 4C]
+        if self.fused {
+            let bias = Some(&self.c_fc.bias);
+            return activation_dropout(&h, bias, Activation::GeluTanh, &DropMask::none());
+        }
+        gelu(&h.broadcast_add(&self.c_fc.bias)?)
     }
 }
 
@@ -411,11 +452,22 @@ impl Gpt {
         }
         let tokens = self.wte.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, c))?; // [B, T, C]
         let x = tokens.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
-        let mut x = dropout(&x, &self.drop.draw(train)?)?; // [B, T, C]
-        for block in &self.blocks {
-            x = block.forward(&x, train)?; // [B, T, C]
+        let drop = self.drop.draw(train)?;
+        // Each branch is followed by the norm of the next one, the last by the final norm.
+        let norm_of = |block: usize| self.blocks.get(block).map_or(&self.ln_f, |b| &b.ln_1);
+        let first = norm_of(0);
+        let mut state = if first.fused {
+            dropout_add_norm(&x, None, None, &first.norm, &drop)? // [B, T, C] each
+        } else {
+            let x = dropout(&x, &drop)?; // [B, T, C]
+            let n = first.forward(&x)?; // [B, T, C]
+            (x, n)
+        };
+        for (at, block) in self.blocks.iter().enumerate() {
+            let next = norm_of(at + 1);
+            state = block.forward(state, next, train)?; // [B, T, C] each
         }
-        let x = self.ln_f.forward(&x)?.reshape((b * t, c))?; // [B*T, C]
+        let x = state.1.reshape((b * t, c))?; // [B*T, C]
         x.matmul(&self.wte.t()?)?.reshape((b, t, ())) // [B, T, V]
     }
 

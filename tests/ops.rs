@@ -6,8 +6,7 @@ mod runner;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_dropout::{
-    AttentionMask, DropMask, MaskKey, StochasticDepth, drop_path_add, dropout, dropout_add,
-    softmax_dropout,
+    AttentionMask, DropMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
 };
 use common::{bits, random};
 use proptest::prelude::*;
@@ -87,6 +86,14 @@ fn additive_softmax_dropout_agrees_with_its_formula() -> Result<()> {
 fn drop_path_add_agrees_with_its_formula() -> Result<()> {
     agrees_on_every_shape_rate_and_dtype(Op::DropPathAddRow)?;
     agrees_on_every_shape_rate_and_dtype(Op::DropPathAddBatch)
+}
+
+#[test]
+fn activation_dropout_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::GeluTanhDropout)?;
+    agrees_on_every_shape_rate_and_dtype(Op::GeluErfDropoutBias)?;
+    agrees_on_every_shape_rate_and_dtype(Op::SiluDropout)?;
+    agrees_on_every_shape_rate_and_dtype(Op::ReluDropoutBias)
 }
 
 #[test]
@@ -678,4 +685,47 @@ fn tensors_of_more_than_2_to_the_31_elements_draw_the_mask_of_their_rows() -> Re
     std::mem::drop(y);
     let y = softmax_dropout(&x, 1., &AttentionMask::None, &drop)?;
     same_bits(&y.narrow(0, rows - 7, 7)?.ne(0.)?, &end, "softmax_dropout")
+}
+
+#[test]
+fn a_key_of_probability_0_passes_nothing_on_whatever_arrives_there() -> Result<()> {
+    let scores = Var::new(&[[1f32, 2., 3.], [4., 5., 6.], [7., 8., 9.]], &Device::Cpu)?;
+    let poison = [[0.5f32, f32::INFINITY, f32::NAN], [1., -2., f32::NEG_INFINITY], [1., 2., 3.]];
+    let clean = [[0.5f32, 0., 0.], [1., -2., 0.], [1., 2., 3.]];
+    let blind = Tensor::full(f32::NEG_INFINITY, (3, 3), &Device::Cpu)?;
+    let gradient = |attention: &AttentionMask, dy: [[f32; 3]; 3]| -> Result<Vec<Vec<f32>>> {
+        let y = softmax_dropout(&scores, 0.7, attention, &mask(0.))?;
+        let loss = (y * Tensor::new(&dy, &Device::Cpu)?)?;
+        let grads = loss.backward()?;
+        grads.get(&scores).expect("a gradient").to_vec2()
+    };
+    let causal = gradient(&AttentionMask::Causal, clean)?;
+    assert_eq!(gradient(&AttentionMask::Causal, poison)?, causal);
+    let zeros = vec![vec![0.; 3]; 3];
+    assert_eq!(gradient(&AttentionMask::Additive(blind), poison)?, zeros);
+    Ok(())
+}
+
+#[test]
+fn at_p_1_even_nan_scores_get_zero_gradients() -> Result<()> {
+    let scores = Var::new(&[[f32::NAN, 1., 2.], [f32::INFINITY, 0., 1.]], &Device::Cpu)?;
+    let additive = Var::new(&[[f32::NAN, 0., f32::NEG_INFINITY]], &Device::Cpu)?;
+    for attention in [AttentionMask::None, AttentionMask::Additive(additive.as_tensor().clone())] {
+        let y = softmax_dropout(&scores, 1., &attention, &mask(1.))?;
+        assert_eq!(y.to_vec2::<f32>()?, [[0.; 3]; 2]);
+        let grads = y.backward()?;
+        assert_eq!(grads.get(&scores).expect("a gradient").to_vec2::<f32>()?, [[0.; 3]; 2]);
+        if let AttentionMask::Additive(_) = attention {
+            assert_eq!(grads.get(&additive).expect("a gradient").to_vec2::<f32>()?, [[0.; 3]]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_window_of_a_whole_with_too_many_rows_is_refused() {
+    let x = Tensor::zeros((1, 1, 1, 8), DType::F32, &Device::Cpu).unwrap();
+    let drop = mask(0.5).window(&[1 << 20, 1 << 40, 1 << 30, 8], &[0; 4]);
+    let error = dropout(&x, &drop).unwrap_err().to_string();
+    assert!(error.contains("dropout: drop.window: expected at most 2^64 rows"), "{error}");
 }

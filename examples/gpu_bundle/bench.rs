@@ -410,7 +410,7 @@ fn check(op: Op, dims: &[usize], args: &[Tensor], drop: &DropMask, dtype: DType)
         let to_f64 =
             |all: Vec<Tensor>| all.iter().map(wide).collect::<candle_core::Result<Vec<_>>>();
         let (ours, naive) = (to_f64(ours)?, to_f64(naive)?);
-        let beyond = beyond_the_naive_error(op, [&ours, &naive, &exact], &dy, dtype)?;
+        let beyond = beyond_the_naive_error(op, [&ours, &naive, &exact], &dy, &drop, dtype)?;
         ensure!(beyond.is_empty(), "rows from {start} on: {}", beyond.join(", "));
     }
     Ok(())

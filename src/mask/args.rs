@@ -46,8 +46,15 @@ impl MaskArgs {
         let mut strides = vec![0; leading.len()];
         for d in (0..leading.len()).rev() {
             strides[d] = stride;
-            row_0 = row_0.wrapping_add(stride.wrapping_mul(start[d] as u64));
-            stride = stride.wrapping_mul(full_dims[d] as u64);
+            // `start` lies in the whole, so it does not overflow where `rows` does not.
+            let rows = stride.checked_mul(full_dims[d] as u64);
+            let Some(rows) = rows else {
+                bail!(
+                    "{op}: drop.window: expected at most 2^64 rows in the whole, got {full_dims:?}"
+                )
+            };
+            row_0 += stride * start[d] as u64;
+            stride = rows;
         }
         let Some(rows) = RowMap::new(leading, &strides, row_0) else {
             bail!(
@@ -76,7 +83,7 @@ impl MaskArgs {
         len: usize,
         buffer: &'a mut [u16; RUN + COLS_PER_FILL],
     ) -> &'a [u16] {
-        if !self.is_drawn() {
+        if self.keeps_all() || self.drops_all() {
             return &buffer[..len]; // still all zeros, and any draw gives the same answer
         }
         let col = self.col_0 + col as u64;
@@ -100,10 +107,16 @@ impl MaskArgs {
         self.scale
     }
 
-    /// True if the mask has to be drawn: neither everything nor nothing is kept.
+    /// True if everything is kept, whatever is drawn.
     #[inline(always)]
-    pub(crate) fn is_drawn(&self) -> bool {
-        self.threshold != Rate::KEEP_ALL.threshold() && self.threshold != Rate::DROP_ALL.threshold()
+    pub(crate) fn keeps_all(&self) -> bool {
+        self.threshold == Rate::KEEP_ALL.threshold()
+    }
+
+    /// True if everything is dropped, whatever is drawn.
+    #[inline(always)]
+    pub(crate) fn drops_all(&self) -> bool {
+        self.threshold == Rate::DROP_ALL.threshold()
     }
 }
 
@@ -137,5 +150,24 @@ impl Runs<'_> {
             (self.row, self.col) = (row + 1, 0);
         }
         Some((at, col, self.mask.draws(row, col, run, &mut self.draws)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn the_layout_is_that_of_the_kernels() {
+        assert_eq!(size_of::<MaskArgs>(), 88);
+        let words = [
+            offset_of!(MaskArgs, key),
+            offset_of!(MaskArgs, threshold),
+            offset_of!(MaskArgs, scale),
+        ];
+        assert_eq!(words, [0, 8, 12]);
+        assert_eq!([offset_of!(MaskArgs, col_0), offset_of!(MaskArgs, rows)], [16, 24]);
     }
 }

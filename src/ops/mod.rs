@@ -1,11 +1,13 @@
 //! The fused ops: one folder each, from the public function down to its CPU and CUDA passes.
 
+mod activation_dropout;
 mod drop_path_add;
 mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
 mod softmax_dropout;
 
+pub use activation_dropout::{Activation, activation_dropout};
 pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use dropout::dropout;
 pub use dropout_add::dropout_add;

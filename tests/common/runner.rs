@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_dropout::{
-    AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, drop_path_add, dropout,
-    dropout_add, dropout_add_norm, reference, softmax_dropout,
+    Activation, AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, activation_dropout,
+    drop_path_add, dropout, dropout_add, dropout_add_norm, reference, softmax_dropout,
 };
 
 use crate::common::random;
@@ -36,9 +36,13 @@ pub enum Op {
     /// The norm alone.
     DropoutNorm,
     DropoutNormBias,
+    GeluTanhDropout,
+    GeluErfDropoutBias,
+    SiluDropout,
+    ReluDropoutBias,
 }
 
-pub const OPS: [Op; 14] = [
+pub const OPS: [Op; 18] = [
     Op::Dropout,
     Op::DropoutAdd,
     Op::DropoutAddBias,
@@ -53,6 +57,10 @@ pub const OPS: [Op; 14] = [
     Op::DropoutAddNormBias,
     Op::DropoutNorm,
     Op::DropoutNormBias,
+    Op::GeluTanhDropout,
+    Op::GeluErfDropoutBias,
+    Op::SiluDropout,
+    Op::ReluDropoutBias,
 ];
 
 /// Large enough that no row of random numbers is ill-conditioned.
@@ -72,6 +80,8 @@ impl Op {
         let last = dims.last().copied().unwrap_or(1);
         match self {
             Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
+            Op::GeluTanhDropout | Op::SiluDropout => vec![dims.to_vec()],
+            Op::GeluErfDropoutBias | Op::ReluDropoutBias => vec![dims.to_vec(), vec![last]],
             Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
             Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
             Op::RmsNorm | Op::DropoutNorm => vec![dims.to_vec(), vec![last]],
@@ -104,6 +114,9 @@ impl Op {
             Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
             Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
             Op::LayerNorm | Op::RmsNorm => self.norm(args).forward(x),
+            _ if self.activation().is_some() => {
+                activation_dropout(x, args.get(1), self.activation().unwrap(), drop)
+            }
             _ if self.is_dropout_norm() => {
                 let (residual, bias) = self.residual_and_bias(args);
                 let (z, n) = dropout_add_norm(x, residual, bias, &self.norm(args), drop)?;
@@ -130,6 +143,10 @@ impl Op {
                 reference::drop_path_add(x, &args[1], &keep, drop_scale)
             }
             Op::LayerNorm | Op::RmsNorm => reference::norm(x, &self.norm(args)),
+            _ if self.activation().is_some() => {
+                let activation = self.activation().unwrap();
+                reference::activation_dropout(x, args.get(1), activation, &keep, drop_scale)
+            }
             _ if self.is_dropout_norm() => {
                 let (residual, bias) = self.residual_and_bias(args);
                 let norm = self.norm(args);
@@ -141,6 +158,16 @@ impl Op {
                 let mask = self.attention_mask(args);
                 reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
             }
+        }
+    }
+
+    fn activation(self) -> Option<Activation> {
+        match self {
+            Op::GeluTanhDropout => Some(Activation::GeluTanh),
+            Op::GeluErfDropoutBias => Some(Activation::GeluErf),
+            Op::SiluDropout => Some(Activation::Silu),
+            Op::ReluDropoutBias => Some(Activation::Relu),
+            _ => None,
         }
     }
 
@@ -313,7 +340,7 @@ pub fn disagreements(
         let ours = run(fused, &bases, dims, view, &dy.to_device(device)?)?;
         let case =
             format!("{op:?} {dims:?} {view:?} drop_p {drop_p} {dtype:?} {:?}", device.location());
-        let beyond = beyond_the_naive_error(op, [&ours, &naive, &exact], &dy, dtype)?;
+        let beyond = beyond_the_naive_error(op, [&ours, &naive, &exact], &dy, &drop, dtype)?;
         found.extend(beyond.into_iter().map(|what| format!("{case}: {what}")));
     }
     Ok(found)
@@ -325,6 +352,7 @@ pub fn beyond_the_naive_error(
     op: Op,
     results: [&[Tensor]; 3],
     dy: &Tensor,
+    drop: &DropMask,
     dtype: DType,
 ) -> Result<Vec<String>> {
     let [ours, naive, exact] = results;
@@ -332,6 +360,10 @@ pub fn beyond_the_naive_error(
     let terms = match op {
         Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => {
             2. * largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?
+        }
+        // A slope is a sum of terms of this size, each with the error of an exponential.
+        _ if op.activation().is_some() => {
+            4. * f64::from(drop.rate().scale()) * largest(&dy.to_dtype(DType::F64)?)?
         }
         _ if op.is_norm() => largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?,
         _ => 0.,

@@ -1,15 +1,17 @@
-//! What the tests of all ops share: dtypes, shapes, data, and the kernels' by-value structs.
+//! What the tests of all ops share: dtypes, shapes, windows, data, and the kernels' by-value structs.
 
 use std::fmt::Debug;
 
-use candle_core::{Device, Tensor, WithDType};
-use candle_dropout::{DropMask, MaskKey};
+use candle_core::{DType, Device, Tensor, WithDType};
+use candle_dropout::{DropMask, MaskKey, Rate};
 
 use crate::harness::{Case, Plain};
 use crate::launch::Launch;
+use crate::mask::MaskArgs;
+use crate::score_args::ScoreArgs;
 
-/// Few enough that a grid has to stride over tensors of a test's size.
-pub const MULTIPROCESSORS: usize = 1;
+/// One, so few that a grid has to stride over tensors of a test's size, and the H200's.
+pub const MULTIPROCESSORS: [usize; 2] = [1, 132];
 
 /// One element, odd, prime, whole vectors, just beside them, several tiles a
 /// row, more rows than a grid holds at once.
@@ -25,6 +27,23 @@ pub const SHAPES: &[[usize; 2]] = &[
     [2100, 8],
     [2, 4104],
 ];
+
+/// Parts of larger tensors: shape of the part, shape of the whole, start.
+pub const WINDOWS: &[[&[usize]; 3]] = &[
+    // A split of the sequence, of the heads, of everything.
+    [&[2, 3, 16], &[2, 7, 40], &[0, 2, 8]],
+    [&[2, 2, 3, 24], &[2, 5, 3, 24], &[0, 1, 0, 0]],
+    [&[2, 2, 3, 13], &[3, 4, 5, 40], &[1, 1, 2, 5]],
+    // As many groups of rows as a map keeps apart, each of them behind the first.
+    [&[2, 2, 2, 3, 16], &[3, 3, 4, 5, 64], &[1, 1, 1, 1, 24]],
+    [&[2, 3, 2, 2, 9], &[3, 4, 5, 3, 64], &[1, 1, 1, 1, 7]],
+    // Rows and columns that need more than 32 bits.
+    [&[2, 3, 16], &[1 << 31, 1 << 33, 1 << 34], &[1 << 29, 7, (1 << 33) + 8]],
+    [&[2, 3, 11], &[1 << 31, 1 << 33, 1 << 34], &[1 << 29, 7, (1 << 33) + 3]],
+];
+
+/// The rates of the tests: the usual ones, nothing and everything.
+pub const RATES: [f32; 5] = [0.1, 0., 0.5, 1., 0.25];
 
 /// The dtypes that kernels exist for.
 pub trait Element: Plain + WithDType + Debug {}
@@ -51,58 +70,190 @@ pub fn random<T: Element>(seed: u64, len: usize) -> Vec<T> {
     (0..len).map(|i| T::from_f64(bits(i) as f64 / f64::from(1 << 22) - 2.)).collect()
 }
 
+/// What no product with 0 makes vanish, always the same for an index.
+pub fn poison<T: Element>(index: usize) -> T {
+    T::from_f64([f64::NAN, f64::INFINITY, f64::NEG_INFINITY][index % 3])
+}
+
 pub fn tensor<T: Element>(values: &[T], shape: &[usize]) -> Tensor {
     Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
+}
+
+/// In f64.
+pub fn wide<T: Element>(values: &[T], shape: &[usize]) -> Tensor {
+    tensor(values, shape).to_dtype(DType::F64).unwrap()
 }
 
 pub fn values<T: Element>(tensor: &Tensor) -> Vec<T> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-pub fn mask(drop_p: f32) -> DropMask {
-    DropMask::new(drop_p, MaskKey::derive(7, 11)).unwrap()
+/// The mask over a tensor.
+pub struct Mask {
+    /// For the ops of the crate.
+    pub drop: DropMask,
+    /// For the kernels.
+    pub args: MaskArgs,
+    /// For formulas.
+    pub keep: Vec<bool>,
+    pub scale: f64,
 }
 
-/// `struct RowMap` with a single digit: row r becomes base + r * stride.
-pub fn row_map(base: u64, stride: u64) -> Vec<u8> {
-    crate::harness::to_bytes(&[base, u64::MAX, u64::MAX, u64::MAX, stride, 0, 0, 0])
+impl Mask {
+    /// The part of shape `dims` that begins at `start` of a mask of shape `full`.
+    pub fn part(rate: Rate, key: MaskKey, [dims, full, start]: [&[usize]; 3]) -> Self {
+        let drop = DropMask::with_rate(rate, key).window(full, start);
+        let keep: Vec<u8> = values(&drop.to_tensor(dims, &Device::Cpu).unwrap());
+        let keep = keep.into_iter().map(|keep| keep == 1).collect();
+        Self {
+            drop,
+            args: mask_args(rate, key, [dims, full, start]),
+            keep,
+            scale: rate.scale().into(),
+        }
+    }
+
+    /// The same at the rate and with the key of most tests.
+    pub fn window(drop_p: f32, window: [&[usize]; 3]) -> Self {
+        Self::part(Rate::new(drop_p).unwrap(), MaskKey::derive(7, 11), window)
+    }
+
+    /// A part that reaches to the end of the whole.
+    pub fn from_start(drop_p: f32, dims: &[usize], start: &[usize]) -> Self {
+        let full: Vec<_> = dims.iter().zip(start).map(|(dim, start)| dim + start).collect();
+        Self::window(drop_p, [dims, &full, start])
+    }
 }
 
-/// `struct MaskArgs` for the part of a mask that begins at [row, col].
-pub fn mask_args(drop: &DropMask, [row, col]: [usize; 2]) -> Vec<u8> {
-    let mut bytes = drop.key().bits().to_le_bytes().to_vec();
-    drop.rate().threshold().append(&mut bytes);
-    drop.rate().scale().append(&mut bytes);
-    (col as u64).append(&mut bytes);
-    bytes.extend(row_map(row as u64, 1));
-    bytes
+/// As [`DropMask`] makes them, from the same source.
+fn mask_args(rate: Rate, key: MaskKey, [dims, full, start]: [&[usize]; 3]) -> MaskArgs {
+    let rate = crate::mask::Rate::new((65536 - rate.threshold()) as f32 / 65536.).unwrap();
+    let key = crate::mask::MaskKey::new(key.bits());
+    crate::mask::DropMask::with_rate(rate, key).window(full, start).args("test", dims).unwrap()
 }
 
-/// Equal bit for bit.
+/// The structs that kernels take by value.
+///
+/// # Safety
+/// `repr(C)` without padding.
+pub unsafe trait Struct: Copy {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/mask/args.rs`.
+unsafe impl Struct for MaskArgs {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/softmax_dropout/mask.rs`.
+unsafe impl Struct for ScoreArgs {}
+
+/// The bytes that a launch copies.
+pub fn struct_bytes<T: Struct>(value: &T) -> &[u8] {
+    // SAFETY: `value` is `size_of::<T>()` initialised bytes, none of them padding.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+impl Case {
+    /// A buffer that may be absent: a null pointer then.
+    pub fn optional<T: Element>(self, elements: &Option<Vec<T>>) -> Self {
+        match elements {
+            Some(elements) => self.input(elements),
+            None => self.null(),
+        }
+    }
+
+    /// A struct passed by value.
+    pub fn by_value<T: Struct>(self, value: &T) -> Self {
+        self.value_bytes(struct_bytes(value))
+    }
+}
+
+/// A stretch of one row of a mask, as an independent implementation computed it.
+pub struct Vector {
+    pub mask: Mask,
+    pub keep: Vec<bool>,
+    pub what: String,
+}
+
+/// The lines of `mask_vectors.txt`, each as it stands and from its first whole Philox call on, at its own
+/// rate and at those that tell its first and last draw from their neighbours.
+pub fn vectors() -> Vec<Vector> {
+    let mut vectors = Vec::new();
+    for line in include_str!("../mask_vectors.txt").lines() {
+        let field: Vec<_> = line.split(' ').collect();
+        let key = MaskKey::new(u64::from_str_radix(field[2], 16).unwrap());
+        let threshold: u32 = field[4].parse().unwrap();
+        let [row, col] = [5, 6].map(|i| field[i].parse::<usize>().unwrap());
+        let draws: Vec<u32> =
+            field[7].split(',').map(|draw| u32::from_str_radix(draw, 16).unwrap()).collect();
+        let keep: Vec<bool> = field[8].bytes().map(|bit| bit == b'1').collect();
+        assert!(draws.iter().zip(&keep).all(|(draw, keep)| (*draw < threshold) == *keep));
+
+        let aligned = col.next_multiple_of(8) - col;
+        let aligned_end = aligned + draws.len().saturating_sub(aligned) / 8 * 8;
+        for (from, to) in [(0, draws.len()), (aligned, aligned_end)] {
+            if from >= to {
+                continue;
+            }
+            let draws = &draws[from..to];
+            let [first, last] = [draws[0], draws[draws.len() - 1]];
+            for threshold in [threshold, first, first + 1, last, last + 1] {
+                let rate = Rate::new((65536 - threshold) as f32 / 65536.).unwrap();
+                assert_eq!(rate.threshold(), threshold);
+                let (dims, start) = ([1, to - from], [row, col + from]);
+                let full = [row + 1, col + to];
+                vectors.push(Vector {
+                    mask: Mask::part(rate, key, [&dims, &full, &start]),
+                    keep: draws.iter().map(|draw| *draw < threshold).collect(),
+                    what: format!("row {row}, columns {} on, threshold {threshold}", col + from),
+                });
+            }
+        }
+    }
+    vectors
+}
+
+/// Equal bit for bit, where a NaN equals any other.
 #[track_caller]
 pub fn assert_same<T: Element>(got: &[T], expected: &[T], what: &str) {
     assert_eq!(got.len(), expected.len(), "{what}");
-    let differs = |(a, b): (&T, &T)| a.to_f64().to_bits() != b.to_f64().to_bits();
+    let differs = |(a, b): (&T, &T)| {
+        let (a, b) = (a.to_f64(), b.to_f64());
+        a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan())
+    };
     if let Some(at) = got.iter().zip(expected).position(differs) {
         panic!("{what}: element {at}: got {:?}, expected {:?}", got[at], expected[at]);
     }
 }
 
-/// Equal up to a few units in the last place of the dtype.
+/// What is dropped equals `bare` bit for bit, whatever the CPU makes of it.
 #[track_caller]
-pub fn assert_close<T: Element>(got: &[T], expected: &[f64], what: &str) {
-    let tolerance = match size_of::<T>() {
-        4 => 2e-6,
-        _ => 1. / 128.,
+pub fn assert_dropped<T: Element>(got: &[T], keep: &[bool], bare: &[T], what: &str) {
+    let dropped = |values: &[T]| -> Vec<T> {
+        values.iter().zip(keep).filter(|(_, keep)| !**keep).map(|(value, _)| *value).collect()
     };
-    assert_eq!(got.len(), expected.len(), "{what}");
-    let largest = expected.iter().fold(0f64, |largest, x| largest.max(x.abs()));
-    for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
-        let error = (got.to_f64() - expected).abs();
-        // A NaN is close to nothing.
+    assert_same(&dropped(got), &dropped(bare), &format!("{what}, what is dropped"));
+}
+
+/// Equal up to the rounding of f32 arithmetic and, once, of the dtype.
+///
+/// `terms` is the size of what each element is the sum of: its computation in f32 may be off by `ROUNDINGS`
+/// units of it. Where that is 0, so is the element.
+#[track_caller]
+pub fn assert_close<T: Element>(got: &[T], expected: &[f64], terms: &[f64], what: &str) {
+    const ROUNDINGS: f64 = 12.;
+    let f32_unit = 0.5f64.powi(24);
+    let (unit, least) = match T::DTYPE {
+        DType::F32 => (f32_unit, 0.5f64.powi(150)),
+        DType::F16 => (0.5f64.powi(11), 0.5f64.powi(25)),
+        DType::BF16 => (0.5f64.powi(8), 0.5f64.powi(134)),
+        dtype => panic!("no kernel takes {dtype:?}"),
+    };
+    assert_eq!([got.len(), terms.len()], [expected.len(); 2], "{what}");
+    for (at, ((got, expected), terms)) in got.iter().zip(expected).zip(terms).enumerate() {
+        let got = got.to_f64();
+        let computed = ROUNDINGS * f32_unit * terms;
+        let tolerance =
+            if *terms == 0. { 0. } else { computed + unit * (expected.abs() + computed) + least };
+        let error = (got - expected).abs();
         assert!(
-            error <= tolerance * largest,
-            "{what}: element {at}: got {got:?}, expected {expected}"
+            error <= tolerance || (got.is_nan() && expected.is_nan()),
+            "{what}: element {at}: got {got}, expected {expected} up to {tolerance}"
         );
     }
 }

@@ -1,52 +1,96 @@
 //! `kernels/dropout.cu`, bit for bit the CPU op.
 
-use candle_dropout::{DropMask, dropout};
+use candle_dropout::dropout;
 
 use crate::common::*;
-use crate::harness::Program;
+use crate::harness::{Case, Program};
 use crate::launch::elementwise;
 
 static KERNELS: Program = Program::new("kernels/dropout.cu");
 
-/// Shapes x offsets of the views in elements x starts of the window x rates.
-fn equals_the_cpu<T: Element>() {
-    let mut cases = Vec::new();
-    let mut expected = Vec::new();
-    for &[rows, cols] in SHAPES {
-        for (x_offset, y_offset, start, drop_p) in [
-            (0, 0, [0, 0], 0.1),
-            (1, 0, [5, 8], 0.5),
-            (0, 1, [0, 3], 0.5),
-            (8, 8, [2, 13], 0.9),
-            (0, 0, [0, 0], 1.),
-        ] {
-            let drop = mask(drop_p);
-            let mut x: Vec<T> = random(1, rows * cols);
-            x[rows * cols / 2] = T::from_f64(f64::INFINITY);
-            let args = mask_args(&drop, start);
-            let drop: DropMask = drop.window(&[start[0] + rows, start[1] + cols], &start);
-            let y = dropout(&tensor(&x, &[rows, cols]), &drop).unwrap();
-            let size = size_of::<T>();
-            cases.push(
-                case::<T>("dropout_fwd", elementwise(rows, cols, MULTIPROCESSORS))
-                    .input(&x)
-                    .misaligned_by(x_offset * size)
-                    .output::<T>(rows * cols)
-                    .misaligned_by(y_offset * size)
-                    .value(rows as u64)
-                    .value(cols as u64)
-                    .value_bytes(&args),
-            );
-            expected
-                .push((values::<T>(&y), format!("[{rows}, {cols}], start {start:?}, p {drop_p}")));
+/// Cases and what they have to give.
+struct Suite<T> {
+    cases: Vec<Case>,
+    expected: Vec<(Vec<T>, Vec<bool>, String)>,
+}
+
+impl<T: Element> Suite<T> {
+    /// `dims` at a place of a mask, with views that are off by elements.
+    fn add(&mut self, dims: &[usize], mask: Mask, [x_offset, y_offset]: [usize; 2], what: String) {
+        let (cols, len) = (dims[dims.len() - 1], dims.iter().product::<usize>());
+        let rows = len / cols;
+        let mut x: Vec<T> = random(1, len);
+        x.iter_mut().enumerate().skip(1).step_by(5).for_each(|(i, x)| *x = poison(i));
+        let y = dropout(&tensor(&x, dims), &mask.drop).unwrap();
+        let multiprocessors = MULTIPROCESSORS[self.cases.len() % 2];
+        self.cases.push(
+            case::<T>("dropout_fwd", elementwise(rows, cols, multiprocessors))
+                .input(&x)
+                .misaligned_by(x_offset * size_of::<T>())
+                .output::<T>(len)
+                .misaligned_by(y_offset * size_of::<T>())
+                .value(rows as u64)
+                .value(cols as u64)
+                .by_value(&mask.args),
+        );
+        self.expected.push((values(&y), mask.keep, what));
+    }
+
+    fn check(self) {
+        let Self { cases, expected } = self;
+        for (outputs, (expected, keep, what)) in KERNELS.run(&cases).unwrap().iter().zip(expected) {
+            let y = outputs.get::<T>(0);
+            assert_same(&y, &expected, &what);
+            assert_dropped(&y, &keep, &vec![T::from_f64(0.); y.len()], &what);
         }
     }
-    for (outputs, (expected, what)) in KERNELS.run(&cases).unwrap().iter().zip(expected) {
-        assert_same(&outputs.get::<T>(0), &expected, &what);
+}
+
+/// Shapes x offsets of the views in elements x starts of the window x rates.
+fn equals_the_cpu<T: Element>() {
+    let mut suite = Suite::<T> { cases: Vec::new(), expected: Vec::new() };
+    for dims in SHAPES {
+        for (offsets, start, drop_p) in [
+            ([0, 0], [0, 0], 0.1),
+            ([1, 0], [5, 8], 0.5),
+            ([0, 1], [0, 3], 0.5),
+            ([8, 8], [2, 13], 0.9),
+            ([0, 0], [0, 0], 1.),
+            ([0, 0], [0, 0], 0.),
+        ] {
+            let mask = Mask::from_start(drop_p, dims, &start);
+            suite.add(dims, mask, offsets, format!("{dims:?}, start {start:?}, p {drop_p}"));
+        }
     }
+    for &window in WINDOWS {
+        for drop_p in RATES {
+            let what = format!("{window:?}, p {drop_p}");
+            suite.add(window[0], Mask::window(drop_p, window), [0, 0], what);
+        }
+    }
+    suite.check();
 }
 
 #[test]
 fn forward_equals_the_cpu() {
     for_each_dtype!(equals_the_cpu());
+}
+
+#[test]
+fn the_mask_is_that_of_an_independent_implementation() {
+    let vectors = vectors();
+    let case = |vector: &Vector| {
+        let cols = vector.keep.len();
+        case::<f32>("dropout_fwd", elementwise(1, cols, 1))
+            .input(&vec![1f32; cols])
+            .output::<f32>(cols)
+            .value(1u64)
+            .value(cols as u64)
+            .by_value(&vector.mask.args)
+    };
+    let outputs = KERNELS.run(&vectors.iter().map(case).collect::<Vec<_>>()).unwrap();
+    for (outputs, vector) in outputs.iter().zip(&vectors) {
+        let kept: Vec<bool> = outputs.get::<f32>(0).iter().map(|y| *y != 0.).collect();
+        assert_eq!(kept, vector.keep, "{}", vector.what);
+    }
 }

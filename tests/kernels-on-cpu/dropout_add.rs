@@ -1,57 +1,75 @@
 //! `kernels/dropout_add.cu`: forward bit for bit the CPU op, the bias gradient a sum in f64.
 
-use candle_core::{DType, Device};
 use candle_dropout::dropout_add;
 
 use crate::common::*;
-use crate::harness::Program;
+use crate::harness::{Case, Program};
 use crate::launch::{column_sums, column_totals, elementwise};
 
 static KERNELS: Program = Program::new("kernels/dropout_add.cu");
 
+/// Windows of masks with the rate, whether there is a bias, and the offset of a view in elements: the shapes
+/// in one corner of a mask each, then what is a part in several dimensions.
+fn forms() -> Vec<(Mask, Vec<usize>, bool, usize, String)> {
+    let mut forms = Vec::new();
+    for dims in SHAPES {
+        for (has_bias, offset, start, drop_p) in [
+            (false, 0, [0, 0], 0.25),
+            (true, 0, [3, 16], 0.25),
+            (true, 1, [0, 0], 0.25),
+            (true, 0, [1, 5], 0.25),
+            (true, 0, [0, 0], 0.),
+            (true, 0, [0, 0], 1.),
+        ] {
+            let what = format!("{dims:?}, bias {has_bias}, start {start:?}, p {drop_p}");
+            let mask = Mask::from_start(drop_p, dims, &start);
+            forms.push((mask, dims.to_vec(), has_bias, offset, what));
+        }
+    }
+    for &window in WINDOWS {
+        for drop_p in [0.25, 0., 1.] {
+            let what = format!("{window:?}, p {drop_p}");
+            forms.push((Mask::window(drop_p, window), window[0].to_vec(), true, 0, what));
+        }
+    }
+    forms
+}
+
 fn forward<T: Element>() {
     let mut cases = Vec::new();
     let mut expected = Vec::new();
-    for &[rows, cols] in SHAPES {
-        for (has_bias, offset, start) in
-            [(false, 0, [0, 0]), (true, 0, [3, 16]), (true, 1, [0, 0]), (true, 0, [1, 5])]
-        {
-            let drop = mask(0.25);
-            let (x, residual): (Vec<T>, Vec<T>) = (random(1, rows * cols), random(2, rows * cols));
-            let bias: Option<Vec<T>> = has_bias.then(|| random(3, cols));
-            let args = mask_args(&drop, start);
-            let drop = drop.window(&[start[0] + rows, start[1] + cols], &start);
-            let bias_tensor = bias.as_ref().map(|bias| tensor(bias, &[cols]));
-            let shape = [rows, cols];
-            let y = dropout_add(
-                &tensor(&x, &shape),
-                &tensor(&residual, &shape),
-                bias_tensor.as_ref(),
-                &drop,
-            )
-            .unwrap();
-            let case = case::<T>("dropout_add_fwd", elementwise(rows, cols, MULTIPROCESSORS))
+    for (at, (mask, dims, has_bias, offset, what)) in forms().into_iter().enumerate() {
+        let (cols, len) = (dims[dims.len() - 1], mask.keep.len());
+        let (mut x, residual): (Vec<T>, Vec<T>) = (random(1, len), random(2, len));
+        x.iter_mut().enumerate().skip(1).step_by(5).for_each(|(i, x)| *x = poison(i));
+        let bias: Option<Vec<T>> = has_bias.then(|| {
+            let mut bias = random(3, cols);
+            bias[cols / 2] = poison(at);
+            bias
+        });
+        let bias_tensor = bias.as_ref().map(|bias| tensor(bias, &[cols]));
+        let (x_tensor, residual_tensor) = (tensor(&x, &dims), tensor(&residual, &dims));
+        let y = dropout_add(&x_tensor, &residual_tensor, bias_tensor.as_ref(), &mask.drop).unwrap();
+        let launch = elementwise(len / cols, cols, MULTIPROCESSORS[at % 2]);
+        cases.push(
+            case::<T>("dropout_add_fwd", launch)
                 .input(&x)
                 .input(&residual)
-                .misaligned_by(offset * size_of::<T>());
-            let case = match &bias {
-                Some(bias) => case.input(bias),
-                None => case.null(),
-            };
-            cases.push(
-                case.output::<T>(rows * cols)
-                    .value(rows as u64)
-                    .value(cols as u64)
-                    .value_bytes(&args),
-            );
-            expected.push((
-                values::<T>(&y),
-                format!("[{rows}, {cols}], bias {has_bias}, start {start:?}"),
-            ));
-        }
+                .misaligned_by(offset * size_of::<T>())
+                .optional(&bias)
+                .output::<T>(len)
+                .value((len / cols) as u64)
+                .value(cols as u64)
+                .by_value(&mask.args),
+        );
+        expected.push((values::<T>(&y), residual, mask.keep, what));
     }
-    for (outputs, (expected, what)) in KERNELS.run(&cases).unwrap().iter().zip(expected) {
-        assert_same(&outputs.get::<T>(0), &expected, &what);
+    for (outputs, (expected, residual, keep, what)) in
+        KERNELS.run(&cases).unwrap().iter().zip(expected)
+    {
+        let y = outputs.get::<T>(0);
+        assert_same(&y, &expected, &what);
+        assert_dropped(&y, &keep, &residual, &what);
     }
 }
 
@@ -61,42 +79,73 @@ fn forward_equals_the_cpu() {
 }
 
 fn bias_gradient<T: Element>() {
-    let drop = mask(0.25);
-    for &[rows, cols] in SHAPES {
-        for offset in [0, 1] {
-            let dy: Vec<T> = random(4, rows * cols);
-            let keep: Vec<u8> = values(
-                &drop.to_tensor((rows, cols), &Device::Cpu).unwrap().to_dtype(DType::U8).unwrap(),
-            );
-            let mut expected = vec![0f64; cols];
-            for (i, (dy, keep)) in dy.iter().zip(&keep).enumerate() {
-                expected[i % cols] +=
-                    dy.to_f64() * f64::from(*keep) * f64::from(drop.rate().scale());
+    let (mut sums, mut expected) = (Vec::new(), Vec::new());
+    for (at, (mask, dims, _, offset, what)) in forms().into_iter().enumerate() {
+        let (cols, len) = (dims[dims.len() - 1], mask.keep.len());
+        let rows = len / cols;
+        let mut dy: Vec<T> = random(4, len);
+        let (mut dbias, mut terms) = (vec![0f64; cols], vec![0f64; cols]);
+        for (i, (dy, keep)) in dy.iter_mut().zip(&mask.keep).enumerate() {
+            if *keep {
+                dbias[i % cols] += dy.to_f64() * mask.scale;
+                terms[i % cols] += dy.to_f64().abs() * mask.scale;
+            } else {
+                *dy = poison(i);
             }
-
-            let launch = column_sums(rows, cols, MULTIPROCESSORS);
-            let chunks = launch.grid[1] as usize;
-            let sums = case::<T>("dropout_add_bwd_bias", launch)
+        }
+        let launch = column_sums(rows, cols, MULTIPROCESSORS[at % 2]);
+        let chunks = launch.grid[1] as usize;
+        sums.push(
+            case::<T>("dropout_add_bwd_bias", launch)
                 .input(&dy)
                 .misaligned_by(offset * size_of::<T>())
                 .output::<f32>(chunks * cols)
                 .value(rows as u64)
                 .value(cols as u64)
-                .value_bytes(&mask_args(&drop, [0, 0]));
-            let sums = KERNELS.run_one(sums).unwrap().get::<f32>(0);
-            let totals =
-                case::<T>("dropout_add_bwd_bias_total", column_totals(cols, MULTIPROCESSORS))
-                    .input(&sums)
-                    .output::<T>(cols)
-                    .value(chunks as u64)
-                    .value(cols as u64);
-            let dbias = KERNELS.run_one(totals).unwrap().get::<T>(0);
-            assert_close(&dbias, &expected, &format!("[{rows}, {cols}], offset {offset}"));
-        }
+                .by_value(&mask.args),
+        );
+        expected.push((chunks, cols, dbias, terms, what));
+    }
+    let sums = KERNELS.run(&sums).unwrap();
+    let total = |(at, sums): (usize, &crate::harness::Outputs)| -> Case {
+        let (chunks, cols, ..) = expected[at];
+        let launch = column_totals(cols, MULTIPROCESSORS[at % 2]);
+        case::<T>("dropout_add_bwd_bias_total", launch)
+            .input(&sums.get::<f32>(0))
+            .output::<T>(cols)
+            .value(chunks as u64)
+            .value(cols as u64)
+    };
+    let totals = KERNELS.run(&sums.iter().enumerate().map(total).collect::<Vec<_>>()).unwrap();
+    for (outputs, (_, _, dbias, terms, what)) in totals.iter().zip(&expected) {
+        assert_close(&outputs.get::<T>(0), dbias, terms, what);
     }
 }
 
 #[test]
 fn the_bias_gradient_is_the_sum_of_its_columns() {
     for_each_dtype!(bias_gradient());
+}
+
+#[test]
+fn the_mask_is_that_of_an_independent_implementation() {
+    let vectors = vectors();
+    let cases = vectors.iter().flat_map(|Vector { mask, keep, .. }| {
+        let cols = keep.len();
+        let [ones, zeros] = [1f32, 0.].map(|x| vec![x; cols]);
+        let finish = |case: Case| case.value(1u64).value(cols as u64).by_value(&mask.args);
+        let fwd = case::<f32>("dropout_add_fwd", elementwise(1, cols, 1));
+        let bwd = case::<f32>("dropout_add_bwd_bias", column_sums(1, cols, 1));
+        [
+            finish(fwd.input(&ones).input(&zeros).null().output::<f32>(cols)),
+            finish(bwd.input(&ones).output::<f32>(cols)),
+        ]
+    });
+    let outputs = KERNELS.run(&cases.collect::<Vec<_>>()).unwrap();
+    for (outputs, vector) in outputs.chunks(2).zip(&vectors) {
+        for pass in outputs {
+            let kept: Vec<bool> = pass.get::<f32>(0).iter().map(|y| *y != 0.).collect();
+            assert_eq!(kept, vector.keep, "{}", vector.what);
+        }
+    }
 }

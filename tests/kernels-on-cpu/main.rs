@@ -2,8 +2,10 @@
 //!
 //! `machine.h` emulates the execution model, `device.h` the device language, and `harness.rs` builds
 //! and runs the programs. `selftest` proves that they notice what they are there to notice. Each op has
-//! a module of its name, whose tests launch its kernels with the grids and blocks of `src/launch/`.
+//! a module of its name, whose tests launch its kernels with the grids and blocks of `src/launch/` and with
+//! the very structs that `src/` passes by value.
 
+mod activation_dropout;
 mod common;
 mod drop_path_add;
 mod dropout;
@@ -12,5 +14,15 @@ mod dropout_add_norm;
 mod harness;
 #[path = "../../src/launch/config.rs"]
 mod launch;
+#[path = "../../src/mask/mod.rs"]
+#[allow(dead_code, unused_imports)]
+mod mask;
+#[path = "../../src/rows.rs"]
+mod rows;
+#[path = "../../src/ops/softmax_dropout/mask.rs"]
+#[allow(dead_code)]
+mod score_args;
 mod selftest;
+#[path = "../../src/simd.rs"]
+mod simd;
 mod softmax_dropout;

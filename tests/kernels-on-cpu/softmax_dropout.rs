@@ -1,15 +1,13 @@
 //! `kernels/softmax_dropout.cu` against its formula in f64.
 
-use candle_core::{DType, Device};
-use candle_dropout::DropMask;
-
 use crate::common::*;
-use crate::harness::{Plain, Program};
+use crate::harness::Program;
 use crate::launch::softmax;
+use crate::score_args::{AttentionMask, ScoreArgs};
 
 static KERNELS: Program = Program::new("kernels/softmax_dropout.cu");
 
-const SCALE: f32 = 0.75;
+const SCALE: f64 = 0.75;
 
 /// Teams of 4, 8 and 32 lanes; a whole block a row; rows longer than the registers hold.
 const SHAPES: &[[usize; 2]] = &[
@@ -26,139 +24,291 @@ const SHAPES: &[[usize; 2]] = &[
     [2, 8195],
 ];
 
-/// What is added to the scores: nothing, a tensor of their shape, or one row or one column of it.
-#[derive(Clone, Copy, Debug)]
-enum Additive {
-    None,
-    Full,
-    Row,
-    Column,
+/// Scores, the shape of what is added to them or none, causal, start of the window.
+type Attention = ([usize; 4], Option<&'static [usize]>, bool, [usize; 4]);
+
+/// Every way to broadcast a mask; a causal one over more, fewer and as many keys as queries; parts of the
+/// heads, of the queries, of the keys.
+const ATTENTION: &[Attention] = &[
+    ([2, 3, 4, 16], Some(&[4, 16]), false, [0; 4]),
+    ([2, 3, 4, 16], Some(&[2, 1, 1, 16]), false, [1, 2, 3, 8]),
+    ([2, 3, 4, 11], Some(&[1, 3, 4, 11]), false, [1, 2, 3, 5]),
+    ([2, 3, 4, 16], Some(&[2, 1, 4, 1]), false, [0, 1, 0, 3]),
+    ([2, 3, 4, 40], Some(&[2, 3, 4, 40]), false, [0, 0, 1, 0]),
+    ([2, 3, 4, 13], Some(&[1]), false, [0, 0, 1, 0]),
+    ([2, 3, 5, 16], None, true, [0, 1, 0, 0]),
+    ([2, 3, 5, 13], None, true, [1, 0, 2, 8]),
+    ([2, 2, 19, 8], None, true, [0; 4]),
+    ([2, 2, 13, 5], None, true, [0, 1, 0, 3]),
+    ([2, 2, 8, 8], None, true, [0, 0, 0, 16]),
+    ([1, 2, 3, 8200], None, true, [0, 0, 2, 0]),
+];
+
+/// What is put where it must not matter, and where it must.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Poison {
+    /// In the scores and gradients of masked keys, in the gradients of dropped ones.
+    WhereHidden,
+    /// A NaN among the scores of some rows: what is dropped is 0 all the same.
+    InScores,
 }
 
-/// The inputs of a case in f64, and what the kernels have to make of them.
-struct Reference {
-    y: Vec<f64>,
-    dscores: Vec<f64>,
+struct Form {
+    dims: Vec<usize>,
+    additive: Option<Vec<usize>>,
+    causal: bool,
+    offset: usize,
+    mask: Mask,
+    poison: Poison,
+    what: String,
 }
 
-/// `scores` holds the softmax inputs, scaled and masked.
-fn reference(inputs: &[f64], dy: &[f64], keep: &[u8], cols: usize, drop: &DropMask) -> Reference {
-    let mut reference = Reference { y: Vec::new(), dscores: Vec::new() };
-    let drop_scale = |keep: &u8| f64::from(*keep) * f64::from(drop.rate().scale());
-    for ((row, dy), keep) in inputs.chunks(cols).zip(dy.chunks(cols)).zip(keep.chunks(cols)) {
-        let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let e: Vec<f64> = row
-            .iter()
-            .map(|t| if *t == f64::NEG_INFINITY { 0. } else { (t - max).exp() })
-            .collect();
-        let sum: f64 = e.iter().sum();
-        let p: Vec<f64> = e.iter().map(|e| if sum == 0. { 0. } else { e / sum }).collect();
-        let dp: Vec<f64> = dy.iter().zip(keep).map(|(dy, keep)| dy * drop_scale(keep)).collect();
-        let dot: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
-        reference.y.extend(p.iter().zip(keep).map(|(p, keep)| p * drop_scale(keep)));
-        reference
-            .dscores
-            .extend(p.iter().zip(&dp).map(|(p, dp)| f64::from(SCALE) * p * (dp - dot)));
+/// The index in a tensor of shape `small` of what element `i` of one of shape `dims` gets from it.
+fn broadcast_index(mut i: usize, dims: &[usize], small: &[usize]) -> usize {
+    let (mut index, mut stride) = (0, 1);
+    for (at, dim) in dims.iter().enumerate().rev() {
+        if let Some(&size) = (at + small.len()).checked_sub(dims.len()).map(|at| &small[at]) {
+            index += if size == 1 { 0 } else { i % dim * stride };
+            stride *= size;
+        }
+        i /= dim;
     }
-    reference
+    index
 }
 
-/// `struct ScoreArgs`.
-fn score_args(queries: usize, additive: Additive, cols: usize, causal: bool) -> Vec<u8> {
-    let (stride, additive_cols) = match additive {
-        Additive::None => (1, 0),
-        Additive::Full => (1, cols),
-        Additive::Row => (0, cols),
-        Additive::Column => (1, 1),
-    };
-    let mut bytes = (queries as u64).to_le_bytes().to_vec();
-    bytes.extend(row_map(0, stride));
-    (additive_cols as u64).append(&mut bytes);
-    [f64::from(SCALE); 2].into_iter().for_each(|scale| scale.append(&mut bytes));
-    [u32::from(causal), 0].into_iter().for_each(|word| word.append(&mut bytes));
-    bytes
+/// The inputs of a form.
+struct Inputs<T> {
+    scores: Vec<T>,
+    additive: Option<Vec<T>>,
+    dy: Vec<T>,
+    /// Scaled and masked.
+    t: Vec<f64>,
 }
 
-fn equals_the_formula<T: Element>() {
-    let mut cases = Vec::new();
-    let mut expected = Vec::new();
-    for &[rows, cols] in SHAPES {
-        for (additive, causal, offset, start) in [
-            (Additive::None, false, 0, [0, 0]),
-            (Additive::Full, false, 0, [0, 3]),
-            (Additive::Row, false, 1, [0, 0]),
-            (Additive::Column, false, 0, [4, 8]),
-            (Additive::None, true, 0, [0, 0]),
-        ] {
-            let drop = mask(0.2);
-            let drop_args = mask_args(&drop, start);
-            let drop = drop.window(&[start[0] + rows, start[1] + cols], &start);
-            let (scores, dy): (Vec<T>, Vec<T>) = (random(1, rows * cols), random(2, rows * cols));
-            let (bias_rows, bias_cols) = match additive {
-                Additive::None => (0, 0),
-                Additive::Full => (rows, cols),
-                Additive::Row => (1, cols),
-                Additive::Column => (rows, 1),
-            };
-            let mut bias: Vec<T> = random(3, bias_rows * bias_cols);
-            if let Some(first) = bias.first_mut() {
-                *first = T::from_f64(f64::NEG_INFINITY);
-            }
+fn inputs<T: Element>(form: &Form) -> Inputs<T> {
+    let Form { dims, mask, poison: how, .. } = form;
+    let [queries, keys] = [dims[dims.len() - 2], dims[dims.len() - 1]];
+    let len = mask.keep.len();
+    let (mut scores, mut dy): (Vec<T>, Vec<T>) = (random(1, len), random(2, len));
+    let additive: Option<Vec<T>> = form.additive.as_ref().map(|small| {
+        let mut additive: Vec<T> = random(3, small.iter().product());
+        let masked = T::from_f64(f64::NEG_INFINITY);
+        additive.iter_mut().step_by(5).for_each(|bias| *bias = masked);
+        additive
+    });
+    let mut t = Vec::with_capacity(len);
+    for i in 0..len {
+        let (query, key) = (i / keys % queries, i % keys);
+        if *how == Poison::InScores && i % (2 * keys) == keys / 2 {
+            scores[i] = poison(0);
+        }
+        let hidden = form.causal && key + queries > query + keys;
+        if hidden && *how == Poison::WhereHidden {
+            scores[i] = poison(i);
+        }
+        let bias = additive.as_ref().map_or(0., |additive| {
+            let small = form.additive.as_deref().unwrap_or(&[]);
+            additive[broadcast_index(i, dims, small)].to_f64()
+        });
+        t.push(if hidden { f64::NEG_INFINITY } else { SCALE * scores[i].to_f64() + bias });
+        if *how == Poison::WhereHidden && (t[i] == f64::NEG_INFINITY || !mask.keep[i]) {
+            dy[i] = poison(i);
+        }
+    }
+    Inputs { scores, additive, dy, t }
+}
 
-            let input_at = |i: usize| {
-                let (row, col) = (i / cols, i % cols);
-                let bias = match additive {
-                    Additive::None => 0.,
-                    Additive::Full => bias[i].to_f64(),
-                    Additive::Row => bias[col].to_f64(),
-                    Additive::Column => bias[row].to_f64(),
+/// A result and the size of what each of its elements is the sum of.
+#[derive(Default)]
+struct Expected {
+    values: Vec<f64>,
+    terms: Vec<f64>,
+}
+
+/// `y`, and `dscores` for each of the scales of the gradient.
+fn formula<T: Element>(
+    Inputs { t, dy, .. }: &Inputs<T>,
+    Mask { keep, scale: drop_scale, .. }: &Mask,
+    keys: usize,
+) -> [Expected; 3] {
+    let [mut y, mut dscores, mut dt] = [(); 3].map(|()| Expected::default());
+    for ((t, dy), keep) in t.chunks(keys).zip(dy.chunks(keys)).zip(keep.chunks(keys)) {
+        let max = t.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let e: Vec<f64> =
+            t.iter().map(|t| if *t == f64::NEG_INFINITY { 0. } else { (t - max).exp() }).collect();
+        let sum: f64 = e.iter().sum();
+        // Where nothing is kept nothing comes back.
+        let nothing = drop_scale == &0.;
+        let p: Vec<f64> = e.iter().map(|e| if sum == 0. { 0. } else { e / sum }).collect();
+        let dp: Vec<f64> = (dy.iter().zip(keep).zip(&p))
+            .map(|((dy, keep), p)| if *keep && *p != 0. { dy.to_f64() * drop_scale } else { 0. })
+            .collect();
+        let dot: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
+        let dot_terms: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp.abs()).sum();
+        for ((p, dp), keep) in p.iter().zip(&dp).zip(keep) {
+            let kept = if *keep { p * drop_scale } else { 0. };
+            y.values.push(kept);
+            y.terms.push(kept);
+            for (gradient, grad_scale) in [(&mut dscores, SCALE), (&mut dt, 1.)] {
+                let (value, terms) = match nothing {
+                    true => (0., 0.),
+                    false => (p * (dp - dot), p * (dp.abs() + dot_terms)),
                 };
-                let hidden = causal && col + rows > row + cols;
-                if hidden {
-                    f64::NEG_INFINITY
-                } else {
-                    f64::from(SCALE) * scores[i].to_f64() + bias
-                }
-            };
-            let inputs: Vec<f64> = (0..rows * cols).map(input_at).collect();
-            let keep: Vec<u8> = values(
-                &drop.to_tensor((rows, cols), &Device::Cpu).unwrap().to_dtype(DType::U8).unwrap(),
-            );
-            let wide_dy: Vec<f64> = dy.iter().map(|dy| dy.to_f64()).collect();
-            let reference = reference(&inputs, &wide_dy, &keep, cols, &drop);
-
-            let case = |pass| {
-                let case = case::<T>(
-                    &format!("softmax_dropout_{pass}"),
-                    softmax(rows, cols, MULTIPROCESSORS),
-                )
-                .input(&scores)
-                .misaligned_by(offset * size_of::<T>());
-                if bias.is_empty() { case.null() } else { case.input(&bias) }
-            };
-            let args = score_args(rows, additive, cols, causal);
-            let what = format!(
-                "[{rows}, {cols}], additive {additive:?}, causal {causal}, start {start:?}"
-            );
-            for (pass, expected_output) in [("fwd", reference.y), ("bwd", reference.dscores)] {
-                let case = if pass == "bwd" { case(pass).input(&dy) } else { case(pass) };
-                cases.push(
-                    case.output::<T>(rows * cols)
-                        .value(rows as u64)
-                        .value(cols as u64)
-                        .value_bytes(&args)
-                        .value_bytes(&drop_args),
-                );
-                expected.push((expected_output, format!("{pass} {what}")));
+                gradient.values.push(grad_scale * value);
+                gradient.terms.push(grad_scale * terms);
             }
         }
     }
-    for (outputs, (expected, what)) in KERNELS.run(&cases).unwrap().iter().zip(expected) {
-        assert_close(&outputs.get::<T>(0), &expected, &what);
+    [y, dscores, dt]
+}
+
+fn equals_the_formula<T: Element>(forms: &[Form]) {
+    let (mut cases, mut expected) = (Vec::new(), Vec::new());
+    for (at, form) in forms.iter().enumerate() {
+        let keys = form.dims[form.dims.len() - 1];
+        let (len, rows) = (form.mask.keep.len(), form.mask.keep.len() / keys);
+        let inputs = inputs::<T>(form);
+        let attention_mask = match (form.causal, &form.additive, &inputs.additive) {
+            (true, ..) => AttentionMask::Causal,
+            (_, Some(dims), Some(additive)) => AttentionMask::Additive(tensor(additive, dims)),
+            _ => AttentionMask::None,
+        };
+        let args = ScoreArgs::new("test", &form.dims, SCALE, &attention_mask).unwrap();
+        let [y, dscores, dt] = formula(&inputs, &form.mask, keys);
+        let passes =
+            [("fwd", args, y), ("bwd", args, dscores), ("bwd", args.with_unit_gradient(), dt)];
+        for (pass, args, result) in passes {
+            // A NaN in a row is in its gradient, too, unless nothing is kept.
+            if pass == "bwd" && form.poison == Poison::InScores && form.mask.scale != 0. {
+                continue;
+            }
+            let launch = softmax(rows, keys, MULTIPROCESSORS[at % 2]);
+            let case = case::<T>(&format!("softmax_dropout_{pass}"), launch)
+                .input(&inputs.scores)
+                .misaligned_by(form.offset * size_of::<T>())
+                .optional(&inputs.additive);
+            let case = if pass == "bwd" { case.input(&inputs.dy) } else { case };
+            cases.push(
+                case.output::<T>(len)
+                    .value(rows as u64)
+                    .value(keys as u64)
+                    .by_value(&args)
+                    .by_value(&form.mask.args),
+            );
+            expected.push((result, format!("{pass} {}, {:?}", form.what, form.poison)));
+        }
+    }
+    for (outputs, (Expected { values, terms }, what)) in
+        KERNELS.run(&cases).unwrap().iter().zip(expected)
+    {
+        assert_close(&outputs.get::<T>(0), &values, &terms, &what);
     }
 }
 
 #[test]
 fn forward_and_backward_equal_the_formula() {
-    for_each_dtype!(equals_the_formula());
+    let mut forms = Vec::new();
+    for (at, &[rows, keys]) in SHAPES.iter().enumerate() {
+        let variants: [(Option<Vec<usize>>, bool, usize, [usize; 2], f32); 7] = [
+            (None, false, 0, [0, 0], 0.2),
+            (Some(vec![rows, keys]), false, 0, [0, 3], 0.2),
+            (Some(vec![keys]), false, 1, [0, 0], 0.2),
+            (Some(vec![rows, 1]), false, 0, [4, 8], 0.2),
+            (None, true, 0, [0, 0], 0.2),
+            (Some(vec![1, keys]), false, 0, [0, 0], 0.),
+            (None, true, 0, [0, 0], 1.),
+        ];
+        // Long rows take their time.
+        let every = if rows * keys > 5000 { 2 } else { 1 };
+        for (additive, causal, offset, start, drop_p) in
+            variants.into_iter().skip(at % every).step_by(every)
+        {
+            let dims = vec![rows, keys];
+            let what = format!(
+                "{dims:?}, additive {additive:?}, causal {causal}, start {start:?}, p {drop_p}"
+            );
+            let mask = Mask::from_start(drop_p, &dims, &start);
+            let poison = Poison::WhereHidden;
+            forms.push(Form { dims, additive, causal, offset, mask, poison, what });
+        }
+    }
+    for_each_dtype!(equals_the_formula(&forms));
+}
+
+#[test]
+fn heads_and_queries_are_those_of_the_attention() {
+    let mut forms = Vec::new();
+    for (at, &(dims, additive, causal, start)) in ATTENTION.iter().enumerate() {
+        let full: Vec<usize> = (0..4).map(|d| start[d] + dims[d] + d % 2).collect();
+        for drop_p in [0.5, [0., 1.][at % 2]] {
+            forms.push(Form {
+                dims: dims.to_vec(),
+                additive: additive.map(<[usize]>::to_vec),
+                causal,
+                offset: 0,
+                mask: Mask::window(drop_p, [&dims, &full, &start]),
+                poison: Poison::WhereHidden,
+                what: format!(
+                    "{dims:?} of {full:?}, additive {additive:?}, causal {causal}, start {start:?}, p {drop_p}"
+                ),
+            });
+        }
+    }
+    for_each_dtype!(equals_the_formula(&forms));
+}
+
+#[test]
+fn windows_are_parts_of_the_whole_mask() {
+    let form = |&window: &[&'static [usize]; 3]| Form {
+        dims: window[0].to_vec(),
+        additive: None,
+        causal: false,
+        offset: 0,
+        mask: Mask::window(0.5, window),
+        poison: Poison::WhereHidden,
+        what: format!("{window:?}"),
+    };
+    let forms: Vec<Form> = WINDOWS.iter().map(form).collect();
+    for_each_dtype!(equals_the_formula(&forms));
+}
+
+#[test]
+fn what_is_dropped_is_0_even_in_a_row_of_nans() {
+    let mut forms = Vec::new();
+    for dims in [[3, 16], [4, 61], [2, 8200]] {
+        for drop_p in [0.5, 1.] {
+            forms.push(Form {
+                dims: dims.to_vec(),
+                additive: None,
+                causal: false,
+                offset: 0,
+                mask: Mask::from_start(drop_p, &dims, &[0, 0]),
+                poison: Poison::InScores,
+                what: format!("{dims:?}, p {drop_p}"),
+            });
+        }
+    }
+    for_each_dtype!(equals_the_formula(&forms));
+}
+
+#[test]
+fn the_mask_is_that_of_an_independent_implementation() {
+    let vectors = vectors();
+    let case = |Vector { mask, keep, .. }: &Vector| {
+        let keys = keep.len();
+        let args = ScoreArgs::new("test", &[1, keys], SCALE, &AttentionMask::None).unwrap();
+        case::<f32>("softmax_dropout_fwd", softmax(1, keys, 1))
+            .input(&vec![1f32; keys])
+            .null()
+            .output::<f32>(keys)
+            .value(1u64)
+            .value(keys as u64)
+            .by_value(&args)
+            .by_value(&mask.args)
+    };
+    let outputs = KERNELS.run(&vectors.iter().map(case).collect::<Vec<_>>()).unwrap();
+    for (outputs, vector) in outputs.iter().zip(&vectors) {
+        let kept: Vec<bool> = outputs.get::<f32>(0).iter().map(|y| *y != 0.).collect();
+        assert_eq!(kept, vector.keep, "{}", vector.what);
+    }
 }

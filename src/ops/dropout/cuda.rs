@@ -10,8 +10,8 @@ use crate::launch::cuda::{
 };
 use crate::mask::MaskArgs;
 
-/// Candle caches the compiled module under this name.
-const MODULE: &str = "candle_dropout::dropout";
+/// Candle caches the compiled module under this name, for all crates of a program.
+const MODULE: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::dropout");
 
 pub(super) fn fwd(mask: &MaskArgs, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
     let device = x.device();

@@ -18,8 +18,7 @@ const NAME: &str = "dropout";
 /// ```
 ///
 /// # Shapes
-/// `x` of any shape, strided or not; `y` has its shape and is contiguous. The mask has the shape of
-/// `x`.
+/// `x` of any shape, strided or not; `y` has its shape, and so has the mask.
 ///
 /// # Dtypes
 /// f32, f16, bf16, and f64 on the CPU. Halves are computed in f32 and rounded once.
@@ -57,8 +56,8 @@ pub fn dropout(x: &Tensor, drop: &DropMask) -> Result<Tensor> {
 }
 
 /// The op; its backward pass is the op itself, applied to the gradient.
-pub(crate) struct Dropout {
-    pub(crate) mask: MaskArgs,
+struct Dropout {
+    mask: MaskArgs,
 }
 
 impl CustomOp1 for Dropout {
@@ -80,6 +79,11 @@ impl CustomOp1 for Dropout {
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(dy.contiguous()?.apply_op1(Self { mask: self.mask })?))
+        dx(&self.mask, &dy.contiguous()?).map(Some)
     }
+}
+
+/// The gradient of what is dropped, from a contiguous `dy`: for every op that ends in a dropout.
+pub(super) fn dx(mask: &MaskArgs, dy: &Tensor) -> Result<Tensor> {
+    if mask.keeps_all() { Ok(dy.clone()) } else { dy.apply_op1(Dropout { mask: *mask }) }
 }

@@ -64,8 +64,11 @@ vectorized! {
     }
 }
 
-/// Elements that one thread sums before the partial sums are added up in order.
-const PARTIAL: usize = 1 << 15;
+/// Elements that one thread sums at least before the partial sums are added up in order.
+const MIN_PARTIAL: usize = 1 << 15;
+
+/// Partial sums at most, whatever the number of threads: they are held until all are there.
+const MAX_PARTIALS: usize = 64;
 
 pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
     let (_, cols) = rows_cols(layout.dims());
@@ -77,7 +80,7 @@ pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CpuStorage, layout: &Layout) -> Res
 
 fn column_sums<E: Element>(mask: &MaskArgs, dy: &[E], cols: usize) -> Vec<E> {
     let mut sums = vec![E::Real::ZERO; cols];
-    let chunk = PARTIAL.next_multiple_of(cols.max(1));
+    let chunk = dy.len().div_ceil(MAX_PARTIALS).max(MIN_PARTIAL).next_multiple_of(cols.max(1));
     let partials: Vec<_> = dy
         .par_chunks(chunk)
         .enumerate()

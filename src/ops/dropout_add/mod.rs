@@ -8,7 +8,7 @@ use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail,
 };
 
-use super::dropout::Dropout;
+use super::dropout;
 use crate::elem::{check_alike, check_dtype, check_same, rows_cols};
 use crate::mask::{DropMask, MaskArgs};
 
@@ -32,7 +32,8 @@ const NAME: &str = "dropout_add";
 /// # Randomness
 /// `keep` and `scale` follow from `drop` alone and equal those of [`dropout`](crate::dropout) with the
 /// same `drop`: `dropout_add(x, residual, None, drop)` is `residual + dropout(x, drop)`, bit for bit in
-/// f32. Where the branch is dropped, the bare residual remains, whatever `x` holds.
+/// f32. Where the branch is dropped, the bare residual remains, whatever `x` holds (a residual of -0
+/// too, which the sum would turn into 0).
 ///
 /// # Errors
 /// A tensor is no float tensor, or f64 on CUDA; shapes, dtypes or devices differ; the window of `drop`
@@ -92,10 +93,7 @@ struct DropoutAdd {
 
 impl DropoutAdd {
     fn dx(&self, x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        if !x.track_op() {
-            return Ok(None);
-        }
-        dy.apply_op1(Dropout { mask: self.mask }).map(Some)
+        x.track_op().then(|| dropout::dx(&self.mask, dy)).transpose()
     }
 }
 

@@ -12,8 +12,8 @@ use crate::launch::cuda::{
 };
 use crate::mask::{DropMask, MaskArgs};
 
-/// Candle caches the compiled module under this name.
-const MODULE: &str = "candle_dropout::dropout_add_norm";
+/// Candle caches the compiled module under this name, for all crates of a program.
+const MODULE: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::dropout_add_norm");
 
 type Input<'a> = (&'a CudaStorage, &'a Layout);
 

@@ -10,7 +10,7 @@ use candle_core::{
     Shape, Storage, Tensor,
 };
 
-use super::dropout::Dropout;
+use super::dropout;
 use super::dropout_add::{DropoutAddBias, check_bias};
 use crate::claim::{Claim, Input};
 use crate::elem::{check_dtype, check_same};
@@ -150,7 +150,7 @@ enum Second {
 
 impl ClaimStream {
     fn dx(&self, x: &Tensor, dz: &Tensor) -> Result<Option<Tensor>> {
-        x.track_op().then(|| dz.apply_op1_no_bwd(&Dropout { mask: self.mask })).transpose()
+        x.track_op().then(|| dropout::dx(&self.mask, dz)).transpose()
     }
 
     fn dbias(&self, bias: &Tensor, dz: &Tensor) -> Result<Option<Tensor>> {

@@ -67,17 +67,19 @@ vectorized! {
     ) {
         let drop_scale = E::Real::from_f32(drop.scale());
         let mut p = vec![E::Real::ZERO; cols];
+        let mut runs = drop.runs(start, scores.len(), cols);
         for (i, (scores, y)) in
             scores.chunks_exact(cols).zip(y.chunks_exact_mut(cols)).enumerate()
         {
             let row = start / cols + i;
             let normaliser = exponentials(args, row, scores, additive, &mut p) * drop_scale;
-            let mut runs = drop.runs(row * cols, cols, cols);
-            while let Some((at, _, draws)) = runs.next() {
-                for ((p, draw), y) in p[at..].iter().zip(draws).zip(&mut y[at..]) {
+            let mut done = 0;
+            while done < cols && let Some((_, col, draws)) = runs.next() {
+                for ((p, draw), y) in p[col..].iter().zip(draws).zip(&mut y[col..]) {
                     let kept = E::store(*p * normaliser);
                     y.write(if drop.keeps(*draw) { kept } else { E::ZERO });
                 }
+                done = col + draws.len();
             }
         }
     }
@@ -98,23 +100,31 @@ vectorized! {
         let drop_scale = E::Real::from_f32(drop.scale());
         let grad_scale = E::Real::from_f64(args.grad_scale());
         let (mut p, mut dp) = (vec![E::Real::ZERO; cols], vec![E::Real::ZERO; cols]);
+        let mut runs = drop.runs(start, scores.len(), cols);
         let rows = scores.chunks_exact(cols).zip(dy.chunks_exact(cols));
         for (i, ((scores, dy), dscores)) in
             rows.zip(dscores.chunks_exact_mut(cols)).enumerate()
         {
             let row = start / cols + i;
             let normaliser = exponentials(args, row, scores, additive, &mut p);
-            let mut runs = drop.runs(row * cols, cols, cols);
-            while let Some((at, _, draws)) = runs.next() {
-                for ((dy, draw), dp) in dy[at..].iter().zip(draws).zip(&mut dp[at..]) {
+            // A key of probability 0 passes nothing on, by selection: its dy may be infinite.
+            let mut done = 0;
+            while done < cols && let Some((_, col, draws)) = runs.next() {
+                let p = &p[col..];
+                for (((dy, draw), dp), p) in
+                    dy[col..].iter().zip(draws).zip(&mut dp[col..]).zip(p)
+                {
                     let kept = dy.load() * drop_scale;
-                    *dp = if drop.keeps(*draw) { kept } else { E::Real::ZERO };
+                    let passes = drop.keeps(*draw) & (*p != E::Real::ZERO);
+                    *dp = if passes { kept } else { E::Real::ZERO };
                 }
+                done = col + draws.len();
             }
             let dot = lane_sum(cols, |j| p[j] * dp[j]) * normaliser;
             let scale = normaliser * grad_scale;
             for ((p, dp), dscores) in p.iter().zip(&dp).zip(dscores) {
-                dscores.write(E::store(*p * (*dp - dot) * scale));
+                let passed = E::store(*p * (*dp - dot) * scale);
+                dscores.write(if *p != E::Real::ZERO { passed } else { E::ZERO });
             }
         }
     }

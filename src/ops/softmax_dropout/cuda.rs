@@ -12,8 +12,8 @@ use crate::launch::cuda::{
 };
 use crate::mask::MaskArgs;
 
-/// Candle caches the compiled module under this name.
-const MODULE: &str = "candle_dropout::softmax_dropout";
+/// Candle caches the compiled module under this name, for all crates of a program.
+const MODULE: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::softmax_dropout");
 
 pub(super) fn fwd(
     drop: &MaskArgs,

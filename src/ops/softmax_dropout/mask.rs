@@ -131,3 +131,21 @@ pub(super) fn sum_to_shape(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
     };
     wide.sum_keepdim(broadcast)?.reshape(dims)?.to_dtype(x.dtype())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn the_layout_is_that_of_the_kernels() {
+        assert_eq!(size_of::<ScoreArgs>(), 104);
+        let rows = [offset_of!(ScoreArgs, queries), offset_of!(ScoreArgs, additive_rows)];
+        let scales = [offset_of!(ScoreArgs, scale), offset_of!(ScoreArgs, grad_scale)];
+        assert_eq!(rows, [0, 8]);
+        assert_eq!(offset_of!(ScoreArgs, additive_cols), 72);
+        assert_eq!(scales, [80, 88]);
+        assert_eq!(offset_of!(ScoreArgs, causal), 96);
+    }
+}

@@ -38,7 +38,8 @@ const NAME: &str = "softmax_dropout";
 /// `y` is `dropout(softmax(..), drop)` with the same mask, bit for bit. Backward stores neither mask nor
 /// softmax: it computes both again from the scores.
 ///
-/// A row with every key masked gives zeros and zero gradients.
+/// A row with every key masked gives zeros and zero gradients. A key of probability 0 passes nothing on,
+/// whatever the gradient that arrives there.
 ///
 /// # Errors
 /// `scores` is no float tensor, or f64 on CUDA; it has fewer than two dimensions with a causal mask;
@@ -111,6 +112,9 @@ impl CustomOp1 for SoftmaxDropout {
     }
 
     fn bwd(&self, scores: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        if self.drop.drops_all() {
+            return scores.zeros_like().map(Some);
+        }
         let grad = SoftmaxDropoutGrad(*self);
         scores.apply_op2_no_bwd(&dy.contiguous()?, &grad).map(Some)
     }
@@ -153,6 +157,10 @@ impl CustomOp2 for SoftmaxDropout {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if self.drop.drops_all() {
+            let zeros = |arg: &Tensor| arg.track_op().then(|| arg.zeros_like()).transpose();
+            return Ok((zeros(scores)?, zeros(additive)?));
+        }
         let dy = dy.contiguous()?;
         if !additive.track_op() {
             let grad = SoftmaxDropoutGrad(*self);

@@ -1,0 +1,188 @@
+// activation_dropout: the dropout of an activation of a biased input. Twin of
+// src/ops/activation_dropout/cpu.rs.
+//
+//     u = x + bias                             or, gated, (u, v) = the halves of x + bias
+//     forward   y = keep ? act(u) * scale : 0             or keep ? act(u) * v * scale : 0
+//     backward  da = keep ? dy * scale : 0
+//               dx = da * act'(u)                         or the halves da * act'(u) * v, da * act(u)
+//
+// y, dy [rows, cols]; x, dx [rows, cols] or, gated, [rows, 2 cols]; bias [cols or 2 cols], may be null.
+// Bytes moved an element of y: forward one or two reads, one write; backward two or three reads, one or two
+// writes. Block: (lanes of a team, teams), grid-stride over tiles of a row; see for_each_tile.
+// Vectors of 16 bytes where rows begin at such boundaries and the mask at a multiple of 8 columns, else
+// element by element.
+#include "elem.cuh"
+#include "philox.cuh"
+
+// As in src/ops/activation_dropout/mod.rs.
+enum Activation : uint32_t { GELU_TANH, GELU_ERF, SILU, RELU, SWI_GLU, GE_GLU };
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+// 0.5 u (1 + tanh(w)) = u sigmoid(2 w) with w = sqrt(2 / pi) (u + 0.044715 u^3).
+struct GeluTanh {
+    static constexpr float LINEAR = 1.5957691216f, CUBIC = 0.0713548163f;
+    __device__ __forceinline__ static float value(float u) {
+        return u * sigmoid(u * (LINEAR + CUBIC * (u * u)));
+    }
+    __device__ __forceinline__ static float slope(float u) {
+        const float s = sigmoid(u * (LINEAR + CUBIC * (u * u)));
+        return s + u * s * (1.f - s) * (LINEAR + 3.f * CUBIC * (u * u));
+    }
+};
+
+struct GeluErf {
+    __device__ __forceinline__ static float cdf(float u) { return 0.5f * erfcf(-0.70710678f * u); }
+    __device__ __forceinline__ static float value(float u) { return u * cdf(u); }
+    __device__ __forceinline__ static float slope(float u) {
+        return cdf(u) + u * expf(-0.5f * (u * u)) * 0.3989422804f;
+    }
+};
+
+struct Silu {
+    __device__ __forceinline__ static float value(float u) { return u * sigmoid(u); }
+    __device__ __forceinline__ static float slope(float u) {
+        const float s = sigmoid(u);
+        return s + u * s * (1.f - s);
+    }
+};
+
+// A NaN stays one.
+struct Relu {
+    __device__ __forceinline__ static float value(float u) { return u < 0.f ? 0.f : u; }
+    __device__ __forceinline__ static float slope(float u) { return u > 0.f ? 1.f : 0.f; }
+};
+
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void add_bias(const T* bias, int count, float (&u)[WIDTH]) {
+    float b[WIDTH];
+    load<VECTOR>(bias, count, b);
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) u[j] += b[j];
+}
+
+template <bool VECTOR, bool GATED, typename Function, typename T>
+__device__ __forceinline__ void fwd(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y,
+                                    uint64_t rows, uint64_t cols, const MaskArgs& mask) {
+    constexpr int N = GATED ? 1 : TILE_OF<VECTOR>;
+    for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
+        const T* x_row = x + row * cols * (GATED ? 2 : 1);
+        const uint64_t mask_row = mask.rows.map(row);
+        Fetched<VECTOR, T> fetched[N], gated[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const uint64_t col = first + i * step;
+            if (col >= cols) break;  // tail
+            fetched[i].fetch(x_row + col, count_at(col, cols));
+            if (GATED) gated[i].fetch(x_row + cols + col, count_at(col, cols));
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const uint64_t col = first + i * step;
+            if (col >= cols) break;  // tail
+            const int count = count_at(col, cols);
+            float u[WIDTH], v[WIDTH];
+            fetched[i].widen(u);
+            if (bias) add_bias<VECTOR>(bias + col, count, u);
+            if (GATED) {
+                gated[i].widen(v);
+                if (bias) add_bias<VECTOR>(bias + cols + col, count, v);
+            }
+            const Draws draws = VECTOR ? draw(mask, mask_row, col) : draw_unaligned(mask, mask_row, col);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) {
+                const float a = GATED ? Function::value(u[j]) * v[j] : Function::value(u[j]);
+                u[j] = keeps(mask, draws[j]) ? a * mask.scale : 0.f;
+            }
+            store<VECTOR>(y + row * cols + col, count, u);
+        }
+    });
+}
+
+// 0 where nothing comes back, whatever the slope: what is dropped vanishes.
+__device__ __forceinline__ float selected(float da, float slope) { return da == 0.f ? 0.f : da * slope; }
+
+template <bool VECTOR, bool GATED, typename Function, typename T>
+__device__ __forceinline__ void bwd(const T* __restrict__ x, const T* __restrict__ bias,
+                                    const T* __restrict__ dy, T* __restrict__ dx, uint64_t rows,
+                                    uint64_t cols, const MaskArgs& mask) {
+    constexpr int N = GATED ? 1 : TILE_OF<VECTOR>;
+    for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
+        const uint64_t x_start = row * cols * (GATED ? 2 : 1);
+        const uint64_t mask_row = mask.rows.map(row);
+        Fetched<VECTOR, T> fetched[N], gated[N], back[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const uint64_t col = first + i * step;
+            if (col >= cols) break;  // tail
+            const int count = count_at(col, cols);
+            fetched[i].fetch(x + x_start + col, count);
+            if (GATED) gated[i].fetch(x + x_start + cols + col, count);
+            back[i].fetch(dy + row * cols + col, count);
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const uint64_t col = first + i * step;
+            if (col >= cols) break;  // tail
+            const int count = count_at(col, cols);
+            float u[WIDTH], v[WIDTH], da[WIDTH];
+            fetched[i].widen(u);
+            back[i].widen(da);
+            if (bias) add_bias<VECTOR>(bias + col, count, u);
+            if (GATED) {
+                gated[i].widen(v);
+                if (bias) add_bias<VECTOR>(bias + cols + col, count, v);
+            }
+            const Draws draws = VECTOR ? draw(mask, mask_row, col) : draw_unaligned(mask, mask_row, col);
+            float du[WIDTH], dv[WIDTH];
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) {
+                da[j] = keeps(mask, draws[j]) ? da[j] * mask.scale : 0.f;
+                const float slope = Function::slope(u[j]);
+                du[j] = selected(da[j], GATED ? slope * v[j] : slope);
+                if (GATED) dv[j] = selected(da[j], Function::value(u[j]));
+            }
+            store<VECTOR>(dx + x_start + col, count, du);
+            if (GATED) store<VECTOR>(dx + x_start + cols + col, count, dv);
+        }
+    });
+}
+
+// One branch a launch, outside of every loop.
+#define FOR_ACTIVATION(activation, CALL)                      \
+    switch (activation) {                                     \
+        case GELU_TANH: CALL(false, GeluTanh); break;         \
+        case GELU_ERF: CALL(false, GeluErf); break;           \
+        case SILU: CALL(false, Silu); break;                  \
+        case RELU: CALL(false, Relu); break;                  \
+        case SWI_GLU: CALL(true, Silu); break;                \
+        default: CALL(true, GeluTanh); break;                 \
+    }
+
+#define VECTOR_FWD(GATED, FUNCTION) fwd<true, GATED, FUNCTION>(x, bias, y, rows, cols, mask)
+#define SCALAR_FWD(GATED, FUNCTION) fwd<false, GATED, FUNCTION>(x, bias, y, rows, cols, mask)
+#define VECTOR_BWD(GATED, FUNCTION) bwd<true, GATED, FUNCTION>(x, bias, dy, dx, rows, cols, mask)
+#define SCALAR_BWD(GATED, FUNCTION) bwd<false, GATED, FUNCTION>(x, bias, dy, dx, rows, cols, mask)
+
+#define ACTIVATION_DROPOUT(SUFFIX, T)                                                                \
+    extern "C" __global__ void __launch_bounds__(256) activation_dropout_fwd_##SUFFIX(               \
+        const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, uint64_t rows,       \
+        uint64_t cols, uint32_t activation, MaskArgs mask) {                                         \
+        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(x) && is_aligned(bias) &&     \
+            is_aligned(y)) {                                                                         \
+            FOR_ACTIVATION(activation, VECTOR_FWD)                                                   \
+        } else {                                                                                     \
+            FOR_ACTIVATION(activation, SCALAR_FWD)                                                   \
+        }                                                                                            \
+    }                                                                                                \
+    extern "C" __global__ void __launch_bounds__(256, 2) activation_dropout_bwd_##SUFFIX(            \
+        const T* __restrict__ x, const T* __restrict__ bias, const T* __restrict__ dy,               \
+        T* __restrict__ dx, uint64_t rows, uint64_t cols, uint32_t activation, MaskArgs mask) {      \
+        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(x) && is_aligned(bias) &&     \
+            is_aligned(dy) && is_aligned(dx)) {                                                      \
+            FOR_ACTIVATION(activation, VECTOR_BWD)                                                   \
+        } else {                                                                                     \
+            FOR_ACTIVATION(activation, SCALAR_BWD)                                                   \
+        }                                                                                            \
+    }
+FOR_EACH_DTYPE(ACTIVATION_DROPOUT)
