@@ -17,17 +17,28 @@
 // As in src/ops/activation_dropout/mod.rs.
 enum Activation : uint32_t { GELU_TANH, GELU_ERF, SILU, RELU, SWI_GLU, GE_GLU };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+// s = 1 / (1 + e^-x) and its derivative s (1 - s), without the cancellation of 1 - s.
+struct Sigmoid {
+    float value, slope;
+
+    __device__ __forceinline__ explicit Sigmoid(float x) {
+        const float e = expf(-fabsf(x)), of_abs = 1.f / (1.f + e);
+        value = x >= 0.f ? of_abs : e * of_abs;
+        slope = e * of_abs * of_abs;
+    }
+};
 
 // 0.5 u (1 + tanh(w)) = u sigmoid(2 w) with w = sqrt(2 / pi) (u + 0.044715 u^3).
 struct GeluTanh {
     static constexpr float LINEAR = 1.5957691216f, CUBIC = 0.0713548163f;
     __device__ __forceinline__ static float value(float u) {
-        return u * sigmoid(u * (LINEAR + CUBIC * (u * u)));
+        return u * Sigmoid(u * (LINEAR + CUBIC * (u * u))).value;
     }
     __device__ __forceinline__ static float slope(float u) {
-        const float s = sigmoid(u * (LINEAR + CUBIC * (u * u)));
-        return s + u * s * (1.f - s) * (LINEAR + 3.f * CUBIC * (u * u));
+        const Sigmoid s(u * (LINEAR + CUBIC * (u * u)));
+        // Where the sigmoid is flat, the square may be infinite.
+        const float square = s.slope != 0.f ? u * u : 0.f;
+        return s.value + u * s.slope * (LINEAR + 3.f * CUBIC * square);
     }
 };
 
@@ -40,10 +51,10 @@ struct GeluErf {
 };
 
 struct Silu {
-    __device__ __forceinline__ static float value(float u) { return u * sigmoid(u); }
+    __device__ __forceinline__ static float value(float u) { return u * Sigmoid(u).value; }
     __device__ __forceinline__ static float slope(float u) {
-        const float s = sigmoid(u);
-        return s + u * s * (1.f - s);
+        const Sigmoid s(u);
+        return s.value + u * s.slope;
     }
 };
 

@@ -42,12 +42,12 @@ pub(crate) trait Real:
     /// The probability that a standard normal number is less.
     fn normal_cdf(self) -> Self;
 
-    /// `1 / (1 + e^-self)`.
+    /// `s = 1 / (1 + e^-self)` and its derivative `s (1 - s)`, without the cancellation of `1 - s`.
     #[inline(always)]
-    fn sigmoid(self) -> Self {
+    fn sigmoid(self) -> (Self, Self) {
         let e = (Self::ZERO - self.abs()).exp_of_nonpositive();
         let of_abs = (Self::ONE + e).recip();
-        if self >= Self::ZERO { of_abs } else { e * of_abs }
+        (if self >= Self::ZERO { of_abs } else { e * of_abs }, e * of_abs * of_abs)
     }
 }
 

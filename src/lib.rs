@@ -38,6 +38,7 @@ mod layers;
 mod mask;
 pub mod ops;
 mod parallel;
+#[doc(hidden)]
 pub mod reference;
 mod rows;
 mod simd;

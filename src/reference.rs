@@ -1,5 +1,7 @@
 //! Naive formulas that take a mask, for tests and benches; no op uses them.
 //!
+//! This is test support and outside the crate's promise of stability: it may change in any release.
+//!
 //! Each is a chain of candle operations, written as the formula reads, so it works in every float
 //! dtype: in f64 it is the reference, in the dtype of an op it shows which error the op may have. Its
 //! gradients are candle's own. `keep` is 1 where an element is kept and 0 where it is dropped (u8, as
@@ -61,7 +63,8 @@ pub fn activation_dropout(
             (&u * ((&u * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.)?)?.affine(0.5, 0.)?
         }
         Activation::Silu => u.silu()?,
-        Activation::Relu => u.relu()?,
+        // Candle's own has the slope 1 at 0.
+        Activation::Relu => (&u * u.gt(0.)?.to_dtype(u.dtype())?)?,
         Activation::SwiGlu => (halves()?[0].silu()? * &halves()?[1])?,
         Activation::GeGlu => (gelu(&halves()?[0])? * &halves()?[1])?,
     };

@@ -9,7 +9,8 @@ use crate::{DropMask, MaskGenerator, StochasticDepth, drop_path_add};
 ///
 /// In training it draws one key a call, whatever the rate; in evaluation it is a plain addition.
 ///
-/// Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", 2016, arXiv 1603.09382.
+/// Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", 2016, arXiv
+/// 1603.09382.
 ///
 /// # Example
 /// ```
@@ -20,7 +21,7 @@ use crate::{DropMask, MaskGenerator, StochasticDepth, drop_path_add};
 /// # fn main() -> candle_core::Result<()> {
 /// let generator = Arc::new(MaskGenerator::new(42));
 /// // The second of four layers, in a network whose last one drops a fifth of its branches.
-/// let layer = DropPath::linear(2, 4, 0.2, generator)?.mode(StochasticDepth::Batch);
+/// let layer = DropPath::linear(2, 4, 0.2, generator)?.with_mode(StochasticDepth::Batch);
 /// assert_eq!(layer.drop_p(), 0.1);
 /// let x = Tensor::ones((2, 3), DType::F32, &Device::Cpu)?;
 /// assert_eq!(layer.forward_add(&x, &x, false)?.to_vec2::<f32>()?, [[2.; 3]; 2]);
@@ -40,8 +41,8 @@ impl DropPath {
         Self { drop_p, mode: StochasticDepth::Row, generator }
     }
 
-    /// Layer `layer` (1 to `n_layer`) of the linear schedule `p_l = l/L * p_L` (section 3 of the paper):
-    /// later layers are dropped more often.
+    /// Layer `layer` (1 to `n_layer`) of the linear schedule `p_l = l/L * p_L` (section 3 of the
+    /// paper): later layers are dropped more often.
     ///
     /// # Errors
     /// `layer` is 0 or above `n_layer`.
@@ -60,8 +61,8 @@ impl DropPath {
         Ok(Self::new(drop_p, generator))
     }
 
-    /// Drops by sample or by batch.
-    pub fn mode(self, mode: StochasticDepth) -> Self {
+    /// The same layer, dropping by sample or by batch.
+    pub fn with_mode(self, mode: StochasticDepth) -> Self {
         Self { mode, ..self }
     }
 
@@ -71,11 +72,12 @@ impl DropPath {
     }
 
     /// What this layer drops together.
-    pub fn depth(&self) -> StochasticDepth {
+    pub fn mode(&self) -> StochasticDepth {
         self.mode
     }
 
-    /// The mask of this call, of shape `[1, N]` or `[1, 1]`: for callers of [`drop_path_add`] itself.
+    /// The mask of this call, of shape `[1, N]` or `[1, 1]`: for callers of [`drop_path_add`]
+    /// itself.
     ///
     /// # Errors
     /// The rate is no probability.

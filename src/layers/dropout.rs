@@ -16,8 +16,8 @@ pub fn set_seed(seed: u64) {
 
 /// Dropout as a layer; a drop-in for `candle_nn::Dropout`.
 ///
-/// In training it draws one key a call, whatever the rate, and applies [`dropout`]; in evaluation it is
-/// the identity and draws none.
+/// In training it draws one key a call, whatever the rate, and applies [`dropout`]; in evaluation
+/// it is the identity and draws none.
 ///
 /// # Shapes
 /// Any; see [`dropout`].
@@ -83,8 +83,8 @@ impl ModuleT for Dropout {
     }
 }
 
-/// The mask of one call of a dropout site: exactly one key if `train`, whatever the rate, else none.
-/// The rate is checked either way, before a key is drawn.
+/// The mask of one call of a dropout site: exactly one key if `train`, whatever the rate, else
+/// none. The rate is checked either way, before a key is drawn.
 pub(super) fn next_mask(drop_p: f32, generator: &MaskGenerator, train: bool) -> Result<DropMask> {
     let rate = crate::Rate::new(drop_p)?;
     Ok(if train { DropMask::with_rate(rate, generator.next_key()) } else { DropMask::none() })

@@ -3,8 +3,8 @@ use candle_nn::{Init, LayerNormConfig, VarBuilder};
 
 use crate::Norm;
 
-/// LayerNorm as a layer, with a gradient; a drop-in for `candle_nn::LayerNorm`, whose forward pass ends the
-/// graph on contiguous input, so that everything upstream trains as if frozen.
+/// LayerNorm as a layer, with a gradient; a drop-in for `candle_nn::LayerNorm`, whose forward pass
+/// ends the graph on contiguous input, so that everything upstream trains as if frozen.
 ///
 /// The formula, shapes, dtypes and errors are those of [`Norm`]; [`norm`](Self::norm) lends it to
 /// [`dropout_add_norm`](crate::dropout_add_norm).
@@ -75,8 +75,8 @@ impl Module for LayerNorm {
     }
 }
 
-/// RMSNorm as a layer, with a gradient; a drop-in for `candle_nn::RmsNorm`, whose forward pass ends the
-/// graph on contiguous input.
+/// RMSNorm as a layer, with a gradient; a drop-in for `candle_nn::RmsNorm`, whose forward pass ends
+/// the graph on contiguous input.
 ///
 /// The formula, shapes, dtypes and errors are those of [`Norm`].
 ///
@@ -136,8 +136,9 @@ impl Module for RmsNorm {
     }
 }
 
-/// A [`LayerNorm`] over `size` columns from the variables `weight` and `bias` (or `gamma` and `beta`) of `vb`,
-/// created as ones and zeros if they do not exist. `config` is a [`LayerNormConfig`] or just its `eps`.
+/// A [`LayerNorm`] over `size` columns from the variables `weight` and `bias` (or `gamma` and
+/// `beta`) of `vb`, created as ones and zeros if they do not exist. `config` is a
+/// [`LayerNormConfig`] or just its `eps`.
 ///
 /// # Errors
 /// `vb` holds a variable of another shape.
@@ -170,8 +171,8 @@ pub fn layer_norm_no_bias(size: usize, eps: f64, vb: VarBuilder) -> Result<Layer
     layer_norm(size, LayerNormConfig { eps, remove_mean: true, affine: false }, vb)
 }
 
-/// An [`RmsNorm`] over `size` columns from the variable `weight` (or `gamma`) of `vb`, created as ones if it
-/// does not exist.
+/// An [`RmsNorm`] over `size` columns from the variable `weight` (or `gamma`) of `vb`, created as
+/// ones if it does not exist.
 ///
 /// # Errors
 /// `vb` holds a variable of another shape.

@@ -4,7 +4,7 @@ use super::MaskKey;
 
 /// Hands out one [`MaskKey`] a call, from a seed and a counter.
 ///
-/// The sixteen bytes of [`state`](Self::state) are the whole state: saved with a checkpoint, they
+/// The sixteen bytes of [`state`](Self::state) ([`MaskState::to_bytes`]) are the whole state: saved with a checkpoint, they
 /// resume a run with the masks it would have drawn; restored before a recomputed block, they give it
 /// the masks of its first pass. A model owns its generator in an `Arc` and shares it among its layers,
 /// so that models trained side by side do not disturb one another.
@@ -26,12 +26,36 @@ pub struct MaskGenerator {
 }
 
 /// A snapshot of a [`MaskGenerator`].
+///
+/// # Example
+/// ```
+/// use candle_dropout::{MaskGenerator, MaskState};
+///
+/// let generator = MaskGenerator::new(42);
+/// generator.next_key();
+/// let saved: [u8; 16] = generator.state().to_bytes();
+/// let resumed = MaskGenerator::from(MaskState::from_bytes(saved));
+/// assert_eq!(resumed.next_key(), generator.next_key());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MaskState {
     /// What the generator was made from.
     pub seed: u64,
     /// How many keys it has handed out.
     pub counter: u64,
+}
+
+impl MaskState {
+    /// The sixteen bytes to save: the seed, then the counter, both little-endian.
+    pub const fn to_bytes(self) -> [u8; 16] {
+        (self.seed as u128 | (self.counter as u128) << 64).to_le_bytes()
+    }
+
+    /// The state whose [`to_bytes`](Self::to_bytes) are these.
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        let both = u128::from_le_bytes(bytes);
+        Self { seed: both as u64, counter: (both >> 64) as u64 }
+    }
 }
 
 impl MaskGenerator {
@@ -80,5 +104,15 @@ mod tests {
         let resumed = MaskGenerator::from(generator.state());
         assert_eq!(resumed.next_key(), generator.next_key());
         assert_eq!(generator.state(), MaskState { seed: 3, counter: 1001 });
+    }
+
+    #[test]
+    fn the_bytes_of_a_state_are_seed_and_counter_little_endian() {
+        let state = MaskState { seed: 0x0807_0605_0403_0201, counter: 0x100f_0e0d_0c0b_0a09 };
+        let bytes = state.to_bytes();
+        assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]);
+        assert_eq!(MaskState::from_bytes(bytes), state);
+        let last = MaskState { seed: u64::MAX, counter: 1 };
+        assert_eq!(MaskState::from_bytes(last.to_bytes()), last);
     }
 }

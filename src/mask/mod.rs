@@ -82,6 +82,9 @@ impl DropMask {
     ///
     /// Any split of a tensor (batch, heads, sequence, hidden) over devices or micro-batches then draws
     /// exactly the mask of the unsplit tensor. The op checks both against the shape of what it drops.
+    ///
+    /// `full_shape` and `start` are those of the whole mask, also where this one has a window already:
+    /// the new window replaces it, so windows do not nest.
     pub fn window(&self, full_shape: &[usize], start: &[usize]) -> Self {
         let window = Window { full_shape: full_shape.to_vec(), start: start.to_vec() };
         Self { window: Some(window), ..*self }

@@ -140,3 +140,37 @@ fn the_mask_is_that_of_an_independent_implementation() {
         assert_eq!(kept, vector.keep, "{}", vector.what);
     }
 }
+
+/// Where the cube within GELU overflows, the slope is 0 or 1 and no NaN.
+fn slopes_are_flat<T: Element>() {
+    let sizes = if size_of::<T>() == 4 || T::DTYPE == DType::BF16 {
+        [257., 6e4, 1e20, 1e38]
+    } else {
+        [257., 1e3, 1e4, 6e4]
+    };
+    let x: Vec<T> = sizes.into_iter().flat_map(|x| [T::from_f64(x), T::from_f64(-x)]).collect();
+    let dy = vec![T::from_f64(1.); x.len()];
+    let ungated = &ACTIVATIONS[..4];
+    let mask = Mask::from_start(0., &[1, x.len()], &[0, 0]);
+    let case = |activation: &Activation| {
+        case::<T>("activation_dropout_bwd", elementwise(1, x.len(), 1))
+            .input(&x)
+            .null()
+            .input(&dy)
+            .output::<T>(x.len())
+            .value(1u64)
+            .value(x.len() as u64)
+            .value(*activation as u32)
+            .by_value(&mask.args)
+    };
+    let cases: Vec<_> = ungated.iter().map(case).collect();
+    for (outputs, activation) in KERNELS.run(&cases).unwrap().iter().zip(ungated) {
+        let expected = [1., 0., 1., 0., 1., 0., 1., 0.];
+        assert_close(&outputs.get::<T>(0), &expected, &[1.; 8], &format!("{activation:?}"));
+    }
+}
+
+#[test]
+fn gradients_of_large_inputs_are_those_of_the_flat_ends() {
+    for_each_dtype!(slopes_are_flat());
+}

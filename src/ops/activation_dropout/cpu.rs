@@ -31,14 +31,16 @@ impl Function for GeluTanh {
     fn value<R: Real>(self, u: R) -> R {
         let (linear, cubic) =
             (R::from_f64(1.595_769_121_605_730_8), R::from_f64(0.071_354_816_272_600_25));
-        u * (u * (linear + cubic * (u * u))).sigmoid()
+        u * (u * (linear + cubic * (u * u))).sigmoid().0
     }
     #[inline(always)]
     fn slope<R: Real>(self, u: R) -> R {
         let (linear, cubic) =
             (R::from_f64(1.595_769_121_605_730_8), R::from_f64(0.071_354_816_272_600_25));
-        let s = (u * (linear + cubic * (u * u))).sigmoid();
-        s + u * s * (R::ONE - s) * (linear + R::from_f64(3.) * cubic * (u * u))
+        let (s, slope) = (u * (linear + cubic * (u * u))).sigmoid();
+        // Where the sigmoid is flat, the square may be infinite.
+        let square = if slope != R::ZERO { u * u } else { R::ZERO };
+        s + u * slope * (linear + R::from_f64(3.) * cubic * square)
     }
 }
 
@@ -57,12 +59,12 @@ impl Function for GeluErf {
 impl Function for Silu {
     #[inline(always)]
     fn value<R: Real>(self, u: R) -> R {
-        u * u.sigmoid()
+        u * u.sigmoid().0
     }
     #[inline(always)]
     fn slope<R: Real>(self, u: R) -> R {
-        let s = u.sigmoid();
-        s + u * s * (R::ONE - s)
+        let (s, slope) = u.sigmoid();
+        s + u * slope
     }
 }
 

@@ -70,6 +70,9 @@ const MIN_PARTIAL: usize = 1 << 15;
 /// Partial sums at most, whatever the number of threads: they are held until all are there.
 const MAX_PARTIALS: usize = 64;
 
+/// Rows whose sum is added to that of their chunk: rounding errors grow with the length of a chain.
+const BLOCK_ROWS: usize = 128;
+
 pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
     let (_, cols) = rows_cols(layout.dims());
     for_float_dtype!(NAME, dy, |E| {
@@ -86,7 +89,13 @@ fn column_sums<E: Element>(mask: &MaskArgs, dy: &[E], cols: usize) -> Vec<E> {
         .enumerate()
         .map(|(i, dy)| {
             let mut partial = vec![E::Real::ZERO; cols];
-            add_to_columns(mask, i * chunk, cols, dy, &mut partial);
+            let mut block_sums = partial.clone();
+            let block = BLOCK_ROWS * cols;
+            for (j, dy) in dy.chunks(block.max(1)).enumerate() {
+                block_sums.fill(E::Real::ZERO);
+                add_to_columns(mask, i * chunk + j * block, cols, dy, &mut block_sums);
+                partial.iter_mut().zip(&block_sums).for_each(|(sum, block)| *sum += *block);
+            }
             partial
         })
         .collect();
