@@ -44,7 +44,7 @@ class Timer:
     def __init__(self, device, small):
         self.device, self.cuda = device, device.type == "cuda"
         self.sample_ms, self.total_ms, self.min_samples = (
-            (0.1, 1.0, 3) if small else (1.0, 60.0, 11) if self.cuda else (2.0, 300.0, 7)
+            (0.1, 1.0, 3) if small else (1.0, 60.0, 11) if self.cuda else (1.0, 150.0, 7)
         )
 
     def elapsed_ms(self, work):
@@ -109,6 +109,10 @@ def dropout_add_norm(drop, x, residual, weight):
     return F.rms_norm(z, weight.shape, weight, NORM_EPS), z
 
 
+def activation_dropout(drop, x):
+    return drop(F.gelu(x, approximate="tanh"))
+
+
 def softmax_dropout(drop, scores):
     return drop(torch.softmax(scores * SCALE, -1))
 
@@ -122,6 +126,7 @@ OPS = {
     "dropout_add": (dropout_add, 2),
     "dropout_add_bias": (dropout_add_bias, 3),
     "dropout_add_norm": (dropout_add_norm, 3),
+    "activation_dropout": (activation_dropout, 1),
     "softmax_dropout": (softmax_dropout, 1),
     "drop_path_add": (drop_path_add, 2),
 }

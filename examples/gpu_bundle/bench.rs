@@ -40,11 +40,12 @@ pub struct Args {
     no_step: bool,
 }
 
-const OPS: [(&str, Op); 6] = [
+const OPS: [(&str, Op); 7] = [
     ("dropout", Op::Dropout),
     ("dropout_add", Op::DropoutAdd),
     ("dropout_add_bias", Op::DropoutAddBias),
     ("dropout_add_norm", Op::DropoutAddNorm),
+    ("activation_dropout", Op::GeluTanhDropout),
     ("softmax_dropout", Op::Softmax),
     ("drop_path_add", Op::DropPathAddRow),
 ];
@@ -64,7 +65,7 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
     let budget = match (small, device.is_cuda()) {
         (true, _) => Budget { sample_ms: 0.1, total_ms: 1., min_samples: 3 },
         (false, true) => Budget { sample_ms: 1., total_ms: 60., min_samples: 11 },
-        (false, false) => Budget { sample_ms: 2., total_ms: 300., min_samples: 7 },
+        (false, false) => Budget { sample_ms: 1., total_ms: 150., min_samples: 7 },
     };
     let mut bench = Bench {
         timer: Timer { device: device.clone(), budget },
@@ -341,6 +342,7 @@ fn chain(op: Op, args: &[Tensor], drop_p: f32) -> candle_core::Result<Vec<Tensor
             let n = candle_nn::ops::rms_norm_slow(&z, weight, NORM_EPS as f32)?;
             return Ok(vec![n, z]);
         }
+        (Op::GeluTanhDropout, [x]) => drop(&x.gelu()?),
         (Op::Softmax, [scores]) => drop(&candle_nn::ops::softmax(&(scores * SCALE)?, D::Minus1)?),
         (Op::DropPathAddRow, [x, residual]) => {
             let keep = drop(&Tensor::ones((x.dim(0)?, 1), x.dtype(), x.device())?)?;

@@ -7,6 +7,7 @@
 //! | `dropout_add` | x, residual, y: 3 | dy, dx: 2 (dresidual is dy) |
 //! | `dropout_add` with bias | 3, the bias counts nothing | 2, and dy once more for dbias: 3 |
 //! | `dropout_add_norm` | x, residual, z, n: 4 | dn, z, dresidual, dx: 4 |
+//! | `activation_dropout` (GELU) | x, y: 2 | x, dy, dx: 3 |
 //! | `softmax_dropout` | scores, y: 2 | scores, dy, dscores: 3 |
 //! | `drop_path_add` | residual, y, and x where kept: 2 + kept | dx, and dy where kept: 1 + kept |
 
@@ -19,8 +20,8 @@ pub fn per_element(op: Op, kept: f64) -> (f64, f64) {
         Op::DropoutAdd => (3., 2.),
         Op::DropoutAddBias => (3., 3.),
         Op::DropoutAddNorm => (4., 4.),
-        Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => (2., 3.),
-        Op::DropPathAddRow | Op::DropPathAddBatch => (2. + kept, 1. + kept),
+        Op::GeluTanhDropout | Op::Softmax => (2., 3.),
+        Op::DropPathAddRow => (2. + kept, 1. + kept),
         // The bench has no other.
         _ => (f64::NAN, f64::NAN),
     }
