@@ -221,7 +221,8 @@ fn same_bits_as_the_cpu(device: &Device, shapes: &[&[usize]], drop_ps: &[f32]) -
                     let (mut ours, mut cpu) = (on(device)?, on(&Device::Cpu)?);
                     if op == Op::DropoutAddBias {
                         // The gradient of the bias is a sum, in another order.
-                        (ours.pop(), cpu.pop());
+                        ours.pop();
+                        cpu.pop();
                     }
                     Ok(failure(ours == cpu, || format!("{op:?} {dims:?} drop p {drop_p}")))
                 });

@@ -49,8 +49,11 @@ pub fn size(small: bool) -> (GptConfig, usize) {
     (config, if small { 4 } else { 32 })
 }
 
+/// Logits of token ids, in training.
+type Logits = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>;
+
 pub struct Step {
-    logits: Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>,
+    logits: Logits,
     pub vars: BTreeMap<String, Var>,
     adamw: AdamW,
     inputs: Tensor,
@@ -70,7 +73,7 @@ impl Step {
         let vb = seeded_var_builder(&map, 1, dtype, device);
         let config = config.clone().with_dropout(drop_p);
         let config = GptConfig { fused: form == Form::Fused, ..config };
-        let logits: Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>> = match form {
+        let logits: Logits = match form {
             Form::Candle => {
                 let gpt = CandleGpt::new(&config, vb)?;
                 Box::new(move |ids| gpt.forward(ids))

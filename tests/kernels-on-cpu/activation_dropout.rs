@@ -1,6 +1,6 @@
 //! `kernels/activation_dropout.cu` against the CPU op in f64.
 
-use candle_core::{DType, Var};
+use candle_core::Var;
 use candle_dropout::{Activation, activation_dropout};
 
 use crate::common::*;

@@ -204,8 +204,8 @@ fn equals_the_formula<T: Element>(forms: &[Form]) {
 fn forward_and_backward_equal_the_formula() {
     let mut forms = Vec::new();
     for (at, &[rows, keys]) in SHAPES.iter().enumerate() {
-        let variants: [(Option<Vec<usize>>, bool, usize, [usize; 2], f32); 7] = [
-            (None, false, 0, [0, 0], 0.2),
+        let variants = [
+            (None::<Vec<usize>>, false, 0, [0, 0], 0.2),
             (Some(vec![rows, keys]), false, 0, [0, 3], 0.2),
             (Some(vec![keys]), false, 1, [0, 0], 0.2),
             (Some(vec![rows, 1]), false, 0, [4, 8], 0.2),
