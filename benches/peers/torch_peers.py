@@ -527,6 +527,7 @@ def main():
     section["markdown"] = f"{versions}. {text}"
     section["seconds"] += time.perf_counter() - begin
     section["command"] += "; " + " ".join([os.path.basename(sys.argv[0])] + sys.argv[1:])
+    section["load_average"] += "; " + " ".join(f"{load:.2f}" for load in os.getloadavg())
     section["data"]["records"] = records + peers.records
     section["data"]["pytorch"] = {"version": torch.__version__, "threads": torch.get_num_threads(),
                                   "not_available": peers.missing}
@@ -539,8 +540,8 @@ def main():
     with open(stem + "-readme.md", "w", encoding="utf-8") as file:
         place = results["device"] if results["device"] != "cpu" else results["cpu"]
         file.write(f"Measured on {place} ({results['threads']} threads) on {results['date']}, commit "
-                   f"{section['commit']}, {versions}, all in one run: `run.sh peers`. In brackets, the time "
-                   f"over that of the fused op.\n\n{snippet}")
+                   f"{section['commit']}, {versions}, load average {section['load_average']}, all in one run: "
+                   f"`run.sh peers`. In brackets, the time over that of the fused op.\n\n{snippet}")
     print(section["markdown"])
     print(f"written to {path}, {stem}.md and {stem}-readme.md")
 
@@ -550,7 +551,8 @@ def markdown(results):
     text = f"# {results['device']} on {results['date']}\n\nCPU: {results['cpu']}, {results['threads']} threads.\n"
     for name, section in sorted(results["sections"].items()):
         text += (f"\n## {name}\n\n`{section['command']}`, commit {section['commit']}, "
-                 f"{section['seconds']:.0f} s.\n\n{section['markdown']}\n")
+                 f"{section['seconds']:.0f} s, load average {section['load_average']}.\n\n"
+                 f"{section['markdown']}\n")
     return text.rstrip() + "\n"
 
 

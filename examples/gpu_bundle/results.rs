@@ -85,6 +85,10 @@ pub struct Section {
     pub command: String,
     pub commit: String,
     pub seconds: f64,
+    /// Running threads over the last 1, 5 and 15 minutes: above the number of cores, times on the CPU
+    /// say little.
+    #[serde(default)]
+    pub load_average: String,
     /// For people.
     pub markdown: String,
     pub data: Value,
@@ -137,7 +141,14 @@ pub fn write_section(
         },
     };
     print!("{markdown}");
-    let section = Section { command: command(), commit: commit(), seconds, markdown, data };
+    let section = Section {
+        command: command(),
+        commit: commit(),
+        seconds,
+        load_average: load_average(),
+        markdown,
+        data,
+    };
     results.sections.insert(name.into(), section);
     std::fs::write(&json, serde_json::to_string_pretty(&results)? + "\n")?;
     std::fs::write(&md, results.markdown()?)?;
@@ -155,10 +166,11 @@ impl Results {
         let mut md = format!("# {} on {}\n\n", self.device, self.date);
         writeln!(md, "CPU: {}, {} threads.", self.cpu, self.threads)?;
         for (name, section) in &self.sections {
-            let Section { command, commit, seconds, markdown, .. } = section;
+            let Section { command, commit, seconds, load_average, markdown, .. } = section;
             writeln!(
                 md,
-                "\n## {name}\n\n`{command}`, commit {commit}, {seconds:.0} s.\n\n{markdown}"
+                "\n## {name}\n\n`{command}`, commit {commit}, {seconds:.0} s, load average \
+                 {load_average}.\n\n{markdown}"
             )?;
         }
         Ok(md.trim_end().to_string() + "\n")
@@ -188,6 +200,11 @@ fn cpu_model() -> String {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     model.map_or("cpu".into(), |(_, model)| model.trim().to_string())
+}
+
+fn load_average() -> String {
+    let all = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    all.split_whitespace().take(3).collect::<Vec<_>>().join(" ")
 }
 
 /// Year-month-day, UTC.
