@@ -1,7 +1,5 @@
 use candle_core::Tensor;
 
-
-
 /// Which keys a query sees, and what becomes of a score before the softmax.
 ///
 /// ```text
