@@ -501,7 +501,7 @@ __device__ __forceinline__ void attention_bwd_dkdv(
         attention_fwd<DROPS, D / 64, FWD_R>(q, k, v, key_lengths, alibi_slopes, o, lse, args, layout, drop,       \
                                             &query_tile[0].x, &key_tile[0].x);                                    \
     }                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(512 / DQ_R, D == 64 ? 3 : 1) attention_bwd_dq_##NAME##_f32(                       \
+    extern "C" __global__ void __launch_bounds__(512 / DQ_R) attention_bwd_dq_##NAME##_f32(                       \
         const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,                    \
         const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                         \
         const float* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,           \
@@ -512,7 +512,7 @@ __device__ __forceinline__ void attention_bwd_dkdv(
         attention_bwd_dq<DROPS, D / 64, DQ_R>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dq, args,     \
                                               layout, grads, drop, &query_tile[0].x, &key_tile[0].x);             \
     }                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(512 / DKDV_R, D == 64 ? 3 : 1) attention_bwd_dkdv_##NAME##_f32(                   \
+    extern "C" __global__ void __launch_bounds__(512 / DKDV_R) attention_bwd_dkdv_##NAME##_f32(                   \
         const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,                    \
         const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                         \
         const float* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,           \
