@@ -63,15 +63,16 @@ __device__ __forceinline__ void load_tile(float* tile, const Rows& rows, uint32_
     const float* from = rows.start + (first + r) * rows.stride + col + c;
 #pragma unroll 4
     for (; r < TILE_ROWS; r += STEP, from += STEP * rows.stride) {
-        const bool exists = first + r >= rows.begin && first + r < rows.end;  // tail
         float4 x = {0.f, 0.f, 0.f, 0.f};
-        if (vector) {
-            if (exists && count > 0) x = *reinterpret_cast<const float4*>(from);  // tail
-        } else if (exists) {
-            if (count > 0) x.x = from[0];  // tail
-            if (count > 1) x.y = from[1];  // tail
-            if (count > 2) x.z = from[2];  // tail
-            if (count > 3) x.w = from[3];  // tail
+        if (first + r >= rows.begin && first + r < rows.end) {  // tail
+            if (vector) {
+                if (count >= 4) x = *reinterpret_cast<const float4*>(from);  // tail
+            } else {
+                if (count > 0) x.x = from[0];  // tail
+                if (count > 1) x.y = from[1];  // tail
+                if (count > 2) x.z = from[2];  // tail
+                if (count > 3) x.w = from[3];  // tail
+            }
         }
         *reinterpret_cast<float4*>(tile + (KEYS ? place_of_key(r) : r) * TILE_STRIDE + c) = x;
     }

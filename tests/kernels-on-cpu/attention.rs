@@ -589,7 +589,7 @@ pub fn features() -> Vec<Form> {
         tall(0.2).alibi(),
         Form { lengths: lengths(&[70, 33]), ..base(0.2) },
         Form { lengths: lengths(&[0, 65]), ..base(0.2).causal() },
-        Form { lengths: lengths(&[7, 40]), ..tall(0.) },
+        Form { lengths: lengths(&[7, 99]), ..tall(0.) },
         Form { lengths: lengths(&[64, 1]), softcap: 2., ..base(0.4).window(20, 3).alibi() },
         Form::with_heads([1, 6, 1], [20, 90, 16], 0.2).causal(),
         Form::with_heads([1, 3, 3], [90, 90, 16], 0.2).causal(),

@@ -11,7 +11,7 @@ const KERNELS: Kernels =
 
 #[test]
 fn forward_and_backward_equal_the_formula() {
-    equal_the_formula::<f32>(&KERNELS, &shapes(&[1, 6, 32, 64, 80, 128, 200, 256]));
+    equal_the_formula::<f32>(&KERNELS, &shapes(&[1, 7, 32, 64, 80, 128, 200, 256]));
 }
 
 #[test]
