@@ -2,7 +2,7 @@
 //! the very same masks, gradients that arrive, and no stored masks.
 //!
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
-//!   [`softmax_dropout`], [`drop_path_add`]. Each takes a [`DropMask`], which says what is dropped.
+//!   [`softmax_dropout`], [`attention`], [`drop_path_add`]. Each takes a [`DropMask`], which says what is dropped.
 //! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
 //!   [`MaskGenerator`], one key a call, and only in training.
 //! - A model: [`Gpt`], and [`seeded_var_builder`] for repeatable weights.
@@ -36,6 +36,7 @@ mod lanes;
 mod launch;
 mod layers;
 mod mask;
+mod matmul;
 pub mod ops;
 mod parallel;
 #[doc(hidden)]
@@ -51,8 +52,9 @@ pub use layers::{
 };
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
-    Activation, AttentionMask, Norm, StochasticDepth, activation_dropout, drop_path_add, dropout,
-    dropout_add, dropout_add_norm, softmax_dropout,
+    Activation, AttentionConfig, AttentionMask, Norm, StochasticDepth, activation_dropout,
+    attention, attention_qkv, drop_path_add, dropout, dropout_add, dropout_add_norm,
+    softmax_dropout,
 };
 pub use transformer::{GenerationConfig, Gpt, GptConfig};
 

@@ -1,6 +1,7 @@
 //! The fused ops: one folder each, from the public function down to its CPU and CUDA passes.
 
 mod activation_dropout;
+mod attention;
 mod drop_path_add;
 mod dropout;
 mod dropout_add;
@@ -8,6 +9,9 @@ mod dropout_add_norm;
 mod softmax_dropout;
 
 pub use activation_dropout::{Activation, activation_dropout};
+#[cfg(feature = "cuda")]
+pub(crate) use attention::{AttentionArgs, AttentionLayout, HeadStrides};
+pub use attention::{AttentionConfig, attention, attention_qkv};
 pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use dropout::dropout;
 pub use dropout_add::dropout_add;
