@@ -82,11 +82,12 @@ __device__ __forceinline__ float4 load_shared(const float* from) {
     return *reinterpret_cast<const float4*>(from);
 }
 
-// acc[r][j] += a[row + 4 r] · b[key 8 * eighth + j]
+// acc[r][j] += a[row + 4 r] · b[key 8 * eighth + j], over the first `depth` columns, a multiple of 4.
 template <int R>
-__device__ __forceinline__ void multiply_rows(float (&acc)[R][8], const float* a, const float* b, Place<R> place) {
+__device__ __forceinline__ void multiply_rows(float (&acc)[R][8], const float* a, const float* b, int depth,
+                                              Place<R> place) {
 #pragma unroll 1
-    for (int d = 0; d < TILE_ROWS; d += 4) {
+    for (int d = 0; d < depth; d += 4) {
         float4 x[R];
 #pragma unroll
         for (int r = 0; r < R; ++r) x[r] = load_shared(a + (place.row + 4 * r) * TILE_STRIDE + d);
@@ -194,7 +195,8 @@ __device__ __forceinline__ void multiply_all_columns(float (&scores)[R][8], cons
         load_tile<false, R>(a_tile, a, first_a, chunk * TILE_ROWS, head_size, vector);
         load_tile<true, R>(b_tile, b, first_b, chunk * TILE_ROWS, head_size, vector);
         __syncthreads();
-        multiply_rows<R>(scores, a_tile, b_tile, place);
+        const int depth = min(head_size - chunk * TILE_ROWS + 3, TILE_ROWS) / 4 * 4;
+        multiply_rows<R>(scores, a_tile, b_tile, depth, place);
     }
 }
 

@@ -173,6 +173,7 @@ mod tests {
                 norm_totals(cols),
                 column_sums(7, cols, MULTIPROCESSORS),
                 column_totals(cols, MULTIPROCESSORS),
+                attention_delta(7, cols, MULTIPROCESSORS),
             ] {
                 let threads = threads(launch);
                 assert!(threads <= 256 && threads.is_multiple_of(32), "{cols} columns: {launch:?}");
@@ -189,11 +190,29 @@ mod tests {
                     softmax(rows, cols, MULTIPROCESSORS),
                     norm_bwd(rows, cols, MULTIPROCESSORS),
                     column_sums(rows, cols, MULTIPROCESSORS),
+                    attention_delta(rows, cols, MULTIPROCESSORS),
                 ] {
                     let [x, y, z] = launch.grid;
                     assert!((1..=i32::MAX as u32).contains(&x), "{rows} x {cols}: {launch:?}");
                     assert!((1..=65_535).contains(&y) && z == 1, "{rows} x {cols}: {launch:?}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn attention_has_a_block_for_each_tile_of_each_head() {
+        for (pass, head_size, threads) in [
+            (AttentionPass::Fwd, 64, 128),
+            (AttentionPass::BwdDq, 128, 128),
+            (AttentionPass::BwdDkdv, 64, 128),
+            (AttentionPass::BwdDkdv, 128, 256),
+            (AttentionPass::Fwd, 256, 256),
+        ] {
+            for (rows, tiles) in [(1, 1), (64, 1), (65, 2), (16_384, 256)] {
+                let launch = attention_f32(pass, head_size, 12, rows);
+                assert_eq!(launch.grid, [12 * tiles, 1, 1]);
+                assert_eq!(launch.block, [threads, 1, 1]);
             }
         }
     }

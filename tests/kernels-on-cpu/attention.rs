@@ -2,7 +2,7 @@
 
 use crate::attention_args::{AttentionArgs, AttentionLayout, HeadStrides, UNBOUNDED};
 use crate::common::*;
-use crate::harness::{Case, POISON, Program};
+use crate::harness::{Case, EVERY_ORDER, Order as ThreadOrder, POISON, Program};
 use crate::launch::{AttentionPass, Launch};
 
 /// The attention kernels of one file.
@@ -426,10 +426,14 @@ pub struct Computed<T> {
     pub dv: Vec<T>,
 }
 
-/// Runs forward and both backward kernels on each form; backward gets the given lse and delta.
-pub fn compute<T: Element>(
+/// A form, its inputs, and the lse and delta that backward gets.
+type Run<'a, T> = (&'a Form, &'a Inputs<T>, Vec<f32>, Vec<f32>);
+
+/// Runs forward and both backward kernels, in each of the orders of their threads.
+fn compute<T: Element>(
     kernels: &Kernels,
-    forms: &[(&Form, &Inputs<T>, Vec<f32>, Vec<f32>)],
+    orders: &[ThreadOrder],
+    forms: &[Run<T>],
 ) -> Vec<Computed<T>> {
     let mut cases = Vec::new();
     let mut places = Vec::new();
@@ -467,6 +471,7 @@ pub fn compute<T: Element>(
         cases.push(by_value(v.output::<T>(dk)));
         places.push((q, k, v, o));
     }
+    let cases: Vec<Case> = cases.into_iter().map(|case| case.orders(orders)).collect();
     let outputs = kernels.program.run(&cases).unwrap();
     outputs
         .chunks(3)
@@ -538,7 +543,7 @@ pub fn equal_the_formula<T: Element>(kernels: &Kernels, forms: &[Form]) {
         })
         .collect();
     for (computed, (expected, form)) in
-        compute(kernels, &runs).iter().zip(expected.iter().zip(forms))
+        compute(kernels, EVERY_ORDER, &runs).iter().zip(expected.iter().zip(forms))
     {
         let what = |result: &str| format!("{result} of {}", form.what());
         assert_within(&computed.o, &expected.o, &what("o"));
@@ -684,7 +689,8 @@ pub fn draw_the_law<T: Element>(kernels: &Kernels, forms: &[Form]) {
         let lse = vec![(keys as f32).ln(); rows];
         let runs: Vec<_> =
             inputs.iter().map(|inputs| (form, inputs, lse.clone(), vec![0.; rows])).collect();
-        let computed = compute(kernels, &runs);
+        // Other tests see to it that the order does not matter.
+        let computed = compute(kernels, &[ThreadOrder::Forward], &runs);
 
         let mut recovered = vec![Vec::new(); 4];
         for head in 0..batches * heads {
@@ -749,7 +755,7 @@ pub fn err_no_more_than_the_naive_formula<T: Element>(kernels: &Kernels, forms: 
         let naive = formula(form, &inputs, round, round_sum);
         // Backward goes on from what forward made of it, as in the op.
         let (lse, delta) = (to_f32(&reference.lse.values), to_f32(&reference.delta));
-        let computed = compute(kernels, &[(form, &inputs, lse, delta)]).remove(0);
+        let computed = compute(kernels, EVERY_ORDER, &[(form, &inputs, lse, delta)]).remove(0);
         let rms = |x: &[f64], reference: &[f64]| {
             let sum: f64 = x.iter().zip(reference).map(|(x, y)| (x - y) * (x - y)).sum();
             (sum / x.len() as f64).sqrt()
