@@ -66,4 +66,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+// All ones in each half of the word whose highest bit is set, zeros in the others.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t word) {
+    uint32_t spread;
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(spread) : "r"(word));
+    return spread;
+}
+
 #endif
