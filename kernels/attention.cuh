@@ -73,6 +73,12 @@ struct HeadStrides {
     uint64_t row;
 };
 
+// True if every row begins at a 16-byte boundary.
+template <typename T>
+__device__ __forceinline__ bool rows_are_aligned(const T* tensor, const HeadStrides& strides) {
+    return (strides.batch | strides.head | strides.row) % (16 / sizeof(T)) == 0 && is_aligned(tensor);
+}
+
 // Of q, k, v, o, or of their gradients.
 struct AttentionLayout {
     HeadStrides q;

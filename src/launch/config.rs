@@ -13,18 +13,24 @@ const THREADS: usize = 256;
 /// multiprocessor several times over, so that blocks that end early are replaced.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 32;
 
-/// What a kernel is launched with. No kernel uses dynamic shared memory.
+/// What a kernel is launched with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Launch {
     pub(crate) grid: [u32; 3],
     pub(crate) block: [u32; 3],
+    /// Dynamic shared memory of a block, beside what the kernel declares.
+    pub(crate) shared_bytes: u32,
 }
 
 impl Launch {
     /// Blocks of `lanes` x `teams` threads; enough of them for `tasks` teams, up to the limit.
     fn teams(lanes: usize, teams: usize, tasks: usize, multiprocessors: usize) -> Self {
         let blocks = tasks.div_ceil(teams).clamp(1, multiprocessors * BLOCKS_PER_MULTIPROCESSOR);
-        Self { grid: [blocks as u32, 1, 1], block: [lanes as u32, teams as u32, 1] }
+        Self {
+            grid: [blocks as u32, 1, 1],
+            block: [lanes as u32, teams as u32, 1],
+            shared_bytes: 0,
+        }
     }
 }
 
@@ -57,13 +63,13 @@ pub(crate) fn norm_bwd(rows: usize, cols: usize, multiprocessors: usize) -> Laun
     let (lanes, teams) = team_of_row(cols);
     let resident = multiprocessors * (THREADS / (lanes * teams));
     let blocks = rows.div_ceil(teams).clamp(1, resident);
-    Launch { grid: [blocks as u32, 1, 1], block: [lanes as u32, teams as u32, 1] }
+    Launch { grid: [blocks as u32, 1, 1], block: [lanes as u32, teams as u32, 1], shared_bytes: 0 }
 }
 
 /// The second kernel of [`norm_bwd`]: blocks of 32 columns x 8 threads that share a column, the first row
 /// of the grid for the weight, the second for the bias.
 pub(crate) fn norm_totals(cols: usize) -> Launch {
-    Launch { grid: [cols.div_ceil(32).max(1) as u32, 2, 1], block: [32, 8, 1] }
+    Launch { grid: [cols.div_ceil(32).max(1) as u32, 2, 1], block: [32, 8, 1], shared_bytes: 0 }
 }
 
 /// Lanes of the team that holds a row of `cols` columns in registers, if any does, and teams of a block.
@@ -81,13 +87,68 @@ pub(crate) fn column_sums(rows: usize, cols: usize, multiprocessors: usize) -> L
     let column_blocks = cols.div_ceil(32 * WIDTH).max(1);
     let wanted = (multiprocessors * BLOCKS_PER_MULTIPROCESSOR).div_ceil(column_blocks);
     let chunks = rows.div_ceil(TEAMS * ROWS_PER_THREAD).clamp(1, wanted);
-    Launch { grid: [column_blocks as u32, chunks as u32, 1], block: [32, TEAMS as u32, 1] }
+    Launch {
+        grid: [column_blocks as u32, chunks as u32, 1],
+        block: [32, TEAMS as u32, 1],
+        shared_bytes: 0,
+    }
 }
 
 /// The second kernel of the column sums: a thread a column.
 pub(crate) fn column_totals(cols: usize, multiprocessors: usize) -> Launch {
     let blocks = cols.div_ceil(THREADS).clamp(1, multiprocessors * BLOCKS_PER_MULTIPROCESSOR);
-    Launch { grid: [blocks as u32, 1, 1], block: [THREADS as u32, 1, 1] }
+    Launch { grid: [blocks as u32, 1, 1], block: [THREADS as u32, 1, 1], shared_bytes: 0 }
+}
+
+/// The kernels of attention that walk over tiles of scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AttentionPass {
+    Fwd,
+    BwdDq,
+    BwdDkdv,
+}
+
+impl AttentionPass {
+    /// As the `.cu` files name it.
+    pub(crate) fn kernel(self) -> &'static str {
+        match self {
+            Self::Fwd => "attention_fwd",
+            Self::BwdDq => "attention_bwd_dq",
+            Self::BwdDkdv => "attention_bwd_dkdv",
+        }
+    }
+}
+
+/// Head sizes that `kernels/attention_f32.cu` has instances for; others take the next one.
+pub(crate) const ATTENTION_F32_HEAD_SIZES: [usize; 3] = [64, 128, 256];
+
+/// `kernels/attention_f32.cu`: a block takes 64 of the `rows` of one of `heads` heads, all samples counted;
+/// for dk and dv those of the keys and their heads. `head_size` is that of the instance.
+pub(crate) fn attention_f32(
+    pass: AttentionPass,
+    head_size: usize,
+    heads: usize,
+    rows: usize,
+) -> Launch {
+    /// `TILE_ROWS` of the kernels.
+    const TILE_ROWS: usize = 64;
+    // 64 rows x 8 threads that share one, each with as many rows as leave room for its results.
+    let rows_of_thread = match (pass, head_size) {
+        (_, ..=64) | (AttentionPass::Fwd | AttentionPass::BwdDq, ..=128) => 4,
+        _ => 2,
+    };
+    let blocks = heads.saturating_mul(rows.div_ceil(TILE_ROWS));
+    Launch {
+        grid: [u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1],
+        block: [(TILE_ROWS * 8 / rows_of_thread) as u32, 1, 1],
+        shared_bytes: 0,
+    }
+}
+
+/// Row sums of attention's backward: teams of lanes that share a row, up to 32.
+pub(crate) fn attention_delta(rows: usize, head_size: usize, multiprocessors: usize) -> Launch {
+    let lanes = head_size.div_ceil(WIDTH).next_power_of_two().clamp(1, 32);
+    Launch::teams(lanes, THREADS / lanes, rows, multiprocessors)
 }
 
 #[cfg(test)]

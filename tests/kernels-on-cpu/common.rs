@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_dropout::{DropMask, MaskKey, Rate};
 
+use crate::attention_args::{AttentionArgs, AttentionLayout, HeadStrides};
 use crate::harness::{Case, Plain};
 use crate::launch::Launch;
 use crate::mask::MaskArgs;
@@ -60,8 +61,8 @@ macro_rules! for_each_dtype {
 pub(crate) use for_each_dtype;
 
 /// The kernel `<name>_<dtype>`, launched as `src/` launches it.
-pub fn case<T: Element>(name: &str, Launch { grid, block }: Launch) -> Case {
-    Case::new(&format!("{name}_{}", T::DTYPE.as_str()), grid, block, 0)
+pub fn case<T: Element>(name: &str, Launch { grid, block, shared_bytes }: Launch) -> Case {
+    Case::new(&format!("{name}_{}", T::DTYPE.as_str()), grid, block, shared_bytes)
 }
 
 /// Values between -2 and 2, always the same for a seed.
@@ -141,6 +142,12 @@ pub unsafe trait Struct: Copy {}
 unsafe impl Struct for MaskArgs {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/softmax_dropout/mask.rs`.
 unsafe impl Struct for ScoreArgs {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/attention/config.rs`.
+unsafe impl Struct for AttentionArgs {}
+// SAFETY: as above.
+unsafe impl Struct for AttentionLayout {}
+// SAFETY: as above.
+unsafe impl Struct for HeadStrides {}
 
 /// The bytes that a launch copies.
 pub fn struct_bytes<T: Struct>(value: &T) -> &[u8] {
@@ -151,6 +158,14 @@ pub fn struct_bytes<T: Struct>(value: &T) -> &[u8] {
 impl Case {
     /// A buffer that may be absent: a null pointer then.
     pub fn optional<T: Element>(self, elements: &Option<Vec<T>>) -> Self {
+        match elements {
+            Some(elements) => self.input(elements),
+            None => self.null(),
+        }
+    }
+
+    /// The same for numbers of no dtype that tensors compute in.
+    pub fn optional_numbers<T: Plain>(self, elements: &Option<Vec<T>>) -> Self {
         match elements {
             Some(elements) => self.input(elements),
             None => self.null(),
