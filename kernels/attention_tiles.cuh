@@ -34,6 +34,16 @@ struct Tile {
     }
 };
 
+// Rows of KEYS scores, in the order of their keys. Chunks change places so that a warp that writes 8 rows of
+// 32 keys, a chunk a lane, and ldmatrix on 8 rows find them in different banks.
+template <int KEYS>
+struct ScoreTile {
+    __device__ static __forceinline__ int offset(int row, int chunk) {
+        const int swizzle = (row >> 1) & 3;
+        return row * KEYS + (chunk ^ (KEYS % 64 == 0 ? (row & 1) << 2 | swizzle : swizzle)) * 8;
+    }
+};
+
 // Of a tile, the row whose address a lane brings to ldmatrix_x4, and which of two neighbouring chunks.
 template <int D>
 struct LaneRow {
@@ -121,14 +131,14 @@ __device__ __forceinline__ void load_rows(Bits* tile, const HeadRows& rows, uint
     }
 }
 
-// A warp stores `ROWS` rows of a tile, from row `from` on, as the rows `first` .. of a head.
-template <int D, int ROWS>
+// THREADS threads store ROWS rows of a tile, from row `from` on, as the rows `first` .. of a head.
+template <int D, int ROWS, int THREADS>
 __device__ __forceinline__ void store_rows(const Bits* tile, int from, const HeadRows& rows, uint32_t first,
                                            uint32_t head_size) {
     constexpr int CHUNKS = Tile<D>::CHUNKS;
     Bits* start = const_cast<Bits*>(rows.start);
 #pragma unroll 1
-    for (int index = lane_id(); index < ROWS * CHUNKS; index += 32) {
+    for (int index = threadIdx.x % THREADS; index < ROWS * CHUNKS; index += THREADS) {
         const int row = index / CHUNKS, chunk = index % CHUNKS;
         if (first + row >= rows.end || chunk * WIDTH >= head_size) continue;  // tail
         Bits* to = start + (first + row) * rows.stride + chunk * WIDTH;
@@ -192,18 +202,19 @@ struct Fragments {
     }
 };
 
-// s += A K^T, for the column tiles FIRST .. FIRST + N of the keys in a tile.
-template <int FIRST, typename T, int D, int M, bool KEPT, int N>
-__device__ __forceinline__ void multiply_keys(float (&s)[M][N][4], Fragments<D, M, KEPT>& a, const Bits* keys) {
+// s += A K^T, for the column tiles first .. first + N of the keys in a tile; first is 0 or 2.
+template <typename T, int D, int M, bool KEPT, int N>
+__device__ __forceinline__ void multiply_keys(float (&s)[M][N][4], Fragments<D, M, KEPT>& a, const Bits* keys,
+                                              int first = 0) {
     const LaneRow<D> row = permuted_keys<D>();
 #pragma unroll
     for (int col = 0; col < D / 16; ++col) {
         const uint32_t(&x)[M][4] = a.columns(col);
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
-            const int at = FIRST + n;
+            const int in_block = first + n % 4;
             uint32_t b[4];
-            ldmatrix_x4(b, keys + row.at(at / 4 * 32 + at % 4 * 2, col, at % 4 == 2));
+            ldmatrix_x4(b, keys + row.at(n / 4 * 32 + in_block * 2, col, in_block == 2));
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 mma_m16n8k16(s[m][n], x[m], b[0], b[1], T());
@@ -234,10 +245,61 @@ __device__ __forceinline__ void multiply_values(float (&o)[M][D / 8][4], const u
     }
 }
 
+// x += Y^T R for 16 M columns of the tile Y [ROWS, KEYS], from first_key on, and 8 N of R [ROWS, D], from first_col on.
+template <int D, int KEYS, int ROWS, typename T, int M, int N>
+__device__ __forceinline__ void multiply_transposed(float (&x)[M][N][4], const Bits* y, int first_key, const Bits* r,
+                                                    int first_col) {
+    const int lane = lane_id();
+    const LaneRow<D> row = natural_rows<D>(0);
+#pragma unroll
+    for (int k = 0; k < ROWS / 16; ++k) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            // Matrices: both halves of 16 columns, then the same of the next 8 rows.
+            const int chunk = (first_key + 16 * m) / 8 + lane / 8 % 2;
+            ldmatrix_x4_trans(a[m], y + ScoreTile<KEYS>::offset(16 * k + lane / 16 * 8 + lane % 8, chunk));
+        }
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, r + row.at(16 * k, first_col / 16 + n / 2, k % 2 == 1));
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma_m16n8k16(x[m][n], a[m], b[0], b[1], T());
+                mma_m16n8k16(x[m][n + 1], a[m], b[2], b[3], T());
+            }
+        }
+    }
+}
+
 // ---- Scores -----------------------------------------------------------------------------------------
 
 // Of the column tile n in a tile of keys, the lane's first key.
 __device__ __forceinline__ int key_of(int n) { return n / 4 * 32 + lane_id() % 4 * 8 + n % 4 * 2; }
+
+// What backward knows of the rows of 16 M queries.
+template <int M>
+struct RowStatistics {
+    float lse[M][2];  // in base 2
+    float delta[M][2];
+
+    // `query` is the lane's first. Rows from `end` on, and those that see nothing, have probabilities 0.
+    __device__ __forceinline__ void load(const float* all_lse, const float* all_delta, uint64_t first_row,
+                                         uint32_t query, uint32_t end) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const uint32_t row = query + 16 * m + 8 * h;
+                lse[m][h] = INFINITY;
+                if (row < end) lse[m][h] = all_lse[first_row + row] * LOG2_E;  // tail
+                delta[m][h] = 0.f;
+                if (lse[m][h] != INFINITY) delta[m][h] = all_delta[first_row + row];
+            }
+        }
+    }
+};
 
 // How scores become logits in base 2: by one product, the cheap way, or through all steps.
 struct Scores {
@@ -335,3 +397,44 @@ struct HeadMask {
         return (half == 0 ? draws << 16 : draws) < (threshold & 0xffff0000u);
     }
 };
+
+// ---- Backward ---------------------------------------------------------------------------------------
+
+// From logits and dP of the column tiles first .. first + N: the probabilities that were kept, not yet scaled,
+// and the gradient of the scores but for args.scale.
+template <bool DROP, bool CAPPED, typename T, int M, int N>
+__device__ __forceinline__ void differentiate(const float (&s)[M][N][4], const float (&dp)[M][N][4],
+                                              const Scores& scores, const HeadMask& mask, const AttentionArgs& args,
+                                              const RowStatistics<M>& rows, uint32_t query, uint32_t key, int first,
+                                              uint32_t (&kept)[M][N][2], uint32_t (&ds)[M][N][2]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t row = query + 16 * m + 8 * h, own_key = row + args.keys - args.queries;
+            Draws draws;
+            if (DROP) draws = mask.draw_keys(row, key + key_of(0));
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                uint32_t word = 0;
+                if (DROP) word = first == 0 ? draws.word[n] : draws.word[(n + 2) % 4];
+                float y[2], dt[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float t = s[m][n][2 * h + e];
+                    const float p = exp2_approx(fmaf(t, scores.factor, -rows.lse[m][h]));
+                    const bool keep = !DROP || mask.keeps(word, e);
+                    const float scaled = DROP ? dp[m][n][2 * h + e] * mask.drop.scale : dp[m][n][2 * h + e];
+                    y[e] = keep ? p : 0.f;
+                    dt[e] = p * ((keep ? scaled : 0.f) - rows.delta[m][h]);
+                    if (CAPPED) {
+                        const float capped = -scores.logits.biased(-t, own_key, key + key_of(first + n) + e);
+                        dt[e] = p == 0.f ? 0.f : dt[e] * scores.logits.slope_of_cap(capped);
+                    }
+                }
+                kept[m][n][h] = pack(y[0], y[1], T());
+                ds[m][n][h] = pack(dt[0], dt[1], T());
+            }
+        }
+    }
+}
