@@ -14,6 +14,8 @@
 //   - a warp collective completes when every lane of its mask has reached it; to name a lane that
 //     does not exist, has returned or waits elsewhere is an error, and so is to read a lane outside
 //     the mask;
+//   - what an asynchronous copy writes is poison from its start to the wait of the thread that started
+//     it, so nobody may still read what was there before, nor read the new too early;
 //   - what would hang a GPU ends here, with the place where each thread waits.
 //
 // One kindness remains: a warp collective orders the memory accesses around it. A `__syncwarp` that
@@ -68,6 +70,14 @@ struct Thread {
   unsigned mask, source;
   uint64_t offered, received;
   unsigned ballot;
+  // Asynchronous copies under way, oldest first, and how many groups of them the thread has closed.
+  struct Copy {
+    void *to;
+    char bytes[16];
+    unsigned group;
+  };
+  std::vector<Copy> copies;
+  unsigned groups;
 };
 
 // The order of the threads of a block, and of the blocks of a grid. When shuffled it is another one
@@ -179,7 +189,10 @@ inline void resume(Thread &thread) {
 
 // ---- Warps --------------------------------------------------------------------------------------
 
-inline void complete(Thread *warp, unsigned mask) {
+// What a warp does together, on what its lanes have offered.
+using Work = void (*)(Thread *warp);
+
+inline void complete(Thread *warp, unsigned mask, Work work) {
   unsigned ballot = 0;
   for (unsigned lane = 0; lane < warpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
@@ -189,6 +202,7 @@ inline void complete(Thread *warp, unsigned mask) {
     }
     ballot |= static_cast<unsigned>(warp[lane].offered != 0) << lane;
   }
+  if (work) work(warp);
   for (unsigned lane = 0; lane < warpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
     warp[lane].received = warp[warp[lane].source].offered;
@@ -202,8 +216,8 @@ inline void complete(Thread *warp, unsigned mask) {
 }
 
 // Every warp collective: each lane of `mask` offers a value and receives that of lane `source`,
-// together with the ballot of the values that are not zero.
-inline const Thread &meet(Site site, unsigned mask, uint64_t offered, unsigned source) {
+// together with the ballot of the values that are not zero. `work` is done when the last has come.
+inline const Thread &meet(Site site, unsigned mask, uint64_t offered, unsigned source, Work work = nullptr) {
   const unsigned lane = lane_id(), first = thread_id() - lane;
   if (!(mask >> lane & 1)) fail("%s at %s:%d: lane %u is not in its own mask %08x", site.call, site.file, site.line, lane, mask);
   if (!(mask >> source & 1)) fail("%s at %s:%d reads lane %u, which is not in the mask %08x", site.call, site.file, site.line, source, mask);
@@ -222,7 +236,7 @@ inline const Thread &meet(Site site, unsigned mask, uint64_t offered, unsigned s
   waiting |= 1u << lane;
   if ((waiting & mask) == mask) {
     waiting &= ~mask;
-    complete(&threads[first], mask);
+    complete(&threads[first], mask, work);
   } else {
     fiber::switch_to(self.fiber, scheduler);
   }
@@ -266,6 +280,16 @@ inline void poison_shared_memory() {
   memset(dynamic_shared_memory.get(), poison, dynamic_shared_bytes);
 }
 
+inline bool is_shared(const void *address, size_t bytes) {
+  const auto lies_in = [=](const void *begin, size_t size) {
+    const uintptr_t offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(begin);
+    return offset < size && bytes <= size - offset;
+  };
+  for (const Range &variable : shared_variables)
+    if (lies_in(variable.begin, variable.bytes)) return true;
+  return lies_in(dynamic_shared_memory.get(), dynamic_shared_bytes);
+}
+
 // ---- Blocks and grids ---------------------------------------------------------------------------
 
 inline void barrier(Site site) {
@@ -297,6 +321,8 @@ inline void run_block(const Order &order, std::mt19937 &random) {
   set_line(order.line_up(block_size, random));
   for (unsigned i = 0; i < block_size; ++i) {
     threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    threads[i].copies.clear();
+    threads[i].groups = 0;
     make_ready(threads[i]);
   }
   for (;;) {
