@@ -18,10 +18,10 @@ __device__ __forceinline__ void attention_bwd_delta(const T* __restrict__ o, con
                                                     const HeadStrides& o_strides, const HeadStrides& dout_strides,
                                                     float* scratch) {
     const uint64_t rows = uint64_t(args.batches) * args.heads * args.queries;
-    // Teams without a row of their own do the last row again, since reductions need all threads.
+    // Teams without a row of their own do the last row again, since reductions need all threads; what they
+    // write is the same.
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows; first += uint64_t(gridDim.x) * blockDim.y) {
-        const bool is_mine = first + threadIdx.y < rows;
-        const uint64_t row = is_mine ? first + threadIdx.y : rows - 1;
+        const uint64_t row = min(first + threadIdx.y, rows - 1);
         // A 64-bit division is several times slower than a 32-bit one, and seldom needed.
         const uint32_t head = uint32_t(row >> 32 ? row / args.queries : uint32_t(row) / args.queries);
         const uint32_t query = uint32_t(row - uint64_t(head) * args.queries);
@@ -40,7 +40,7 @@ __device__ __forceinline__ void attention_bwd_delta(const T* __restrict__ o, con
             for (int j = 0; j < WIDTH; ++j) sum += x[j] * dx[j];
         });
         sum = team_reduce(sum, scratch, Sum());
-        if (is_mine && threadIdx.x == 0) delta[row] = sum;
+        if (threadIdx.x == 0) delta[row] = sum;
     }
 }
 

@@ -80,7 +80,7 @@ kernels/attention.cuh|distance with a sign|s/fabsf\(float\(int\(own_key - key\)\
 kernels/attention.cuh|vectors anywhere|s/ && is_aligned\(tensor\)//
 kernels/attention.cuh|strides unchecked|s/\(strides\.batch \| strides\.head \| strides\.row\)/strides.batch/
 kernels/attention_delta.cu|heads of all samples|s/h = head % args\.heads/h = head/
-kernels/attention_delta.cu|last row by all|s/is_mine && threadIdx/threadIdx/
+kernels/attention_delta.cu|past the last row|s/min\(first \+ threadIdx\.y, rows - 1\)/first + threadIdx.y/
 kernels/attention_f32.cu|keys not transposed|s/key % 8 \* 8 \+ key \/ 8/key/
 kernels/attention_f32.cu|rows before the first|s/first \+ r >= rows\.begin && //
 kernels/attention_f32.cu|mask of one head|s/map\(uint64_t\(head\) \*/map(0 */
