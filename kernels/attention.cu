@@ -391,7 +391,7 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     }
 
     // Through the tiles of keys and values, which nobody reads any more.
-    const float scale = float(args.scale), drop_scale = DROP ? drop.scale : 1.f;
+    const float scale = float(args.scale), drop_scale = (DROP ? drop.scale : 1.f) / RAISED;
     const float dk_factor[2][2] = {{scale, scale}, {scale, scale}};
     const float dv_factor[2][2] = {{drop_scale, drop_scale}, {drop_scale, drop_scale}};
     put_rows<D, T>(k_tile, grad_key, grad_col, dk_sums, dk_factor);

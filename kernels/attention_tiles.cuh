@@ -278,11 +278,15 @@ __device__ __forceinline__ void multiply_transposed(float (&x)[M][N][4], const B
 // Of the column tile n in a tile of keys, the lane's first key.
 __device__ __forceinline__ int key_of(int n) { return n / 4 * 32 + lane_id() % 4 * 8 + n % 4 * 2; }
 
+// Backward multiplies probabilities by this, and what they are multiplied with by its inverse, since the small
+// ones of long rows would be subnormal halves.
+constexpr float RAISED = 4096.f, LOG2_RAISED = 12.f;
+
 // What backward knows of the rows of 16 M queries.
 template <int M>
 struct RowStatistics {
-    float lse[M][2];  // in base 2
-    float delta[M][2];
+    float lse[M][2];    // in base 2, of raised probabilities
+    float delta[M][2];  // divided by RAISED
 
     // `query` is the lane's first. Rows from `end` on, and those that see nothing, have probabilities 0.
     __device__ __forceinline__ void load(const float* all_lse, const float* all_delta, uint64_t first_row,
@@ -293,9 +297,9 @@ struct RowStatistics {
             for (int h = 0; h < 2; ++h) {
                 const uint32_t row = query + 16 * m + 8 * h;
                 lse[m][h] = INFINITY;
-                if (row < end) lse[m][h] = all_lse[first_row + row] * LOG2_E;  // tail
+                if (row < end) lse[m][h] = all_lse[first_row + row] * LOG2_E - LOG2_RAISED;  // tail
                 delta[m][h] = 0.f;
-                if (lse[m][h] != INFINITY) delta[m][h] = all_delta[first_row + row];
+                if (lse[m][h] != INFINITY) delta[m][h] = all_delta[first_row + row] / RAISED;
             }
         }
     }
@@ -400,13 +404,14 @@ struct HeadMask {
 
 // ---- Backward ---------------------------------------------------------------------------------------
 
-// From logits and dP of the column tiles first .. first + N: the probabilities that were kept, not yet scaled,
-// and the gradient of the scores but for args.scale.
+// From logits and dP of the column tiles first .. first + N: RAISED times the probabilities that were kept, not
+// yet scaled, and the gradient of the scores but for args.scale.
 template <bool DROP, bool CAPPED, typename T, int M, int N>
 __device__ __forceinline__ void differentiate(const float (&s)[M][N][4], const float (&dp)[M][N][4],
                                               const Scores& scores, const HeadMask& mask, const AttentionArgs& args,
                                               const RowStatistics<M>& rows, uint32_t query, uint32_t key, int first,
                                               uint32_t (&kept)[M][N][2], uint32_t (&ds)[M][N][2]) {
+    const float dp_scale = (DROP ? mask.drop.scale : 1.f) / RAISED;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -424,9 +429,9 @@ __device__ __forceinline__ void differentiate(const float (&s)[M][N][4], const f
                     const float t = s[m][n][2 * h + e];
                     const float p = exp2_approx(fmaf(t, scores.factor, -rows.lse[m][h]));
                     const bool keep = !DROP || mask.keeps(word, e);
-                    const float scaled = DROP ? dp[m][n][2 * h + e] * mask.drop.scale : dp[m][n][2 * h + e];
+                    const float kept_dp = fmaf(dp[m][n][2 * h + e], dp_scale, -rows.delta[m][h]);
                     y[e] = keep ? p : 0.f;
-                    dt[e] = p * ((keep ? scaled : 0.f) - rows.delta[m][h]);
+                    dt[e] = p * (keep ? kept_dp : -rows.delta[m][h]);
                     if (CAPPED) {
                         const float capped = -scores.logits.biased(-t, own_key, key + key_of(first + n) + e);
                         dt[e] = p == 0.f ? 0.f : dt[e] * scores.logits.slope_of_cap(capped);
