@@ -126,3 +126,4 @@ template <unsigned pending> void cp_async_wait() {
 
 inline float exp2_approx(float x) { return exp2f(x); }
 inline uint32_t spread_signs(uint32_t word) { return (word >> 31 ? 0xffff0000u : 0) | (word >> 15 & 1 ? 0xffffu : 0); }
+inline uint32_t opaque(uint32_t x) { return x; }
