@@ -43,9 +43,11 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
     const uint32_t all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
 
     const uint32_t head_size = args.head_size;
-    const HeadRows q_rows = head_rows(q, layout.q, batch, head, head_size, 0, args.queries);
-    const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, head_size, begin, end);
-    const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, head_size, begin, end);
+    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
+                           has_vectors(v, layout.v) && has_vectors(o, layout.o);
+    const HeadRows q_rows = head_rows(q, layout.q, batch, head, 0, args.queries);
+    const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
+    const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, begin, end);
     Bits* const q_tile = shared;
     // Two stages, each of keys and values.
     const auto k_tile = [&](int stage) { return shared + (QUERIES + stage * 2 * KEYS) * D; };
@@ -53,9 +55,9 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
 
     uint32_t key = begin / 32 * 32;
     if (key < end) {
-        load_rows<D, QUERIES, THREADS>(q_tile, q_rows, first_query, head_size);
-        load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key, head_size);
-        load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key, head_size);
+        load_rows<D, QUERIES, THREADS>(q_tile, q_rows, first_query, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key, head_size, is_vector);
         cp_async_commit();
     }
 
@@ -73,8 +75,8 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
         cp_async_wait<0>();
         __syncthreads();
         if (key + KEYS < end) {
-            load_rows<D, KEYS, THREADS>(k_tile(stage ^ 1), k_rows, key + KEYS, head_size);
-            load_rows<D, KEYS, THREADS>(v_tile(stage ^ 1), v_rows, key + KEYS, head_size);
+            load_rows<D, KEYS, THREADS>(k_tile(stage ^ 1), k_rows, key + KEYS, head_size, is_vector);
+            load_rows<D, KEYS, THREADS>(v_tile(stage ^ 1), v_rows, key + KEYS, head_size, is_vector);
             cp_async_commit();
         }
         if (key == begin / 32 * 32) queries.load();
@@ -162,8 +164,8 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
     // Through the rows of q, which only this warp has read.
     put_rows<D, T>(q_tile, warp_row, 0, o_sums, factor);
     __syncwarp();
-    const HeadRows o_rows = head_rows(o, layout.o, batch, head, head_size, 0, args.queries);
-    store_rows<D, 16 * M, 32>(q_tile, warp_row, o_rows, first_query + warp_row, head_size);
+    const HeadRows o_rows = head_rows(o, layout.o, batch, head, 0, args.queries);
+    store_rows<D, 16 * M, 32>(q_tile, warp_row, o_rows, first_query + warp_row, head_size, is_vector);
 }
 
 // ---- Backward: dq -----------------------------------------------------------------------------------
@@ -200,12 +202,14 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
     const uint32_t all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
 
     const uint32_t head_size = args.head_size;
+    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
+                           has_vectors(v, layout.v) && has_vectors(dout, grads.o) && has_vectors(dq, grads.q);
     // Queries that see nothing count as zeros.
     const uint32_t seeing_begin = args.seeing_begin(0), seeing_end = length == 0 ? 0 : args.seeing_end(length - 1);
-    const HeadRows q_rows = head_rows(q, layout.q, batch, head, head_size, seeing_begin, seeing_end);
-    const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, head_size, seeing_begin, seeing_end);
-    const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, head_size, begin, end);
-    const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, head_size, begin, end);
+    const HeadRows q_rows = head_rows(q, layout.q, batch, head, seeing_begin, seeing_end);
+    const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, seeing_begin, seeing_end);
+    const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
+    const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, begin, end);
     Bits* const q_tile = shared;
     Bits* const dout_tile = shared + QUERIES * D;
     const auto k_tile = [&](int stage) { return shared + (2 * QUERIES + stage * 2 * KEYS) * D; };
@@ -213,10 +217,10 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
 
     uint32_t key = begin / 32 * 32;
     if (key < end) {
-        load_rows<D, QUERIES, THREADS>(q_tile, q_rows, first_query, head_size);
-        load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size);
-        load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key, head_size);
-        load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key, head_size);
+        load_rows<D, QUERIES, THREADS>(q_tile, q_rows, first_query, head_size, is_vector);
+        load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key, head_size, is_vector);
         cp_async_commit();
     }
 
@@ -231,8 +235,8 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
         cp_async_wait<0>();
         __syncthreads();
         if (Shape::STAGES == 2 && key + KEYS < end) {
-            load_rows<D, KEYS, THREADS>(k_tile(stage ^ 1), k_rows, key + KEYS, head_size);
-            load_rows<D, KEYS, THREADS>(v_tile(stage ^ 1), v_rows, key + KEYS, head_size);
+            load_rows<D, KEYS, THREADS>(k_tile(stage ^ 1), k_rows, key + KEYS, head_size, is_vector);
+            load_rows<D, KEYS, THREADS>(v_tile(stage ^ 1), v_rows, key + KEYS, head_size, is_vector);
             cp_async_commit();
         }
 
@@ -254,8 +258,8 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
             stage ^= 1;
         } else if (key + KEYS < end) {
             __syncthreads();
-            load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key + KEYS, head_size);
-            load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key + KEYS, head_size);
+            load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key + KEYS, head_size, is_vector);
+            load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key + KEYS, head_size, is_vector);
             cp_async_commit();
         }
     }
@@ -266,8 +270,8 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
     // Through the rows of q, which only this warp has read.
     put_rows<D, T>(q_tile, warp_row, 0, dq_sums, factor);
     __syncwarp();
-    const HeadRows dq_rows = head_rows(dq, grads.q, batch, head, head_size, 0, args.queries);
-    store_rows<D, 16 * M, 32>(q_tile, warp_row, dq_rows, first_query + warp_row, head_size);
+    const HeadRows dq_rows = head_rows(dq, grads.q, batch, head, 0, args.queries);
+    store_rows<D, 16 * M, 32>(q_tile, warp_row, dq_rows, first_query + warp_row, head_size, is_vector);
 }
 
 // ---- Backward: dk and dv ----------------------------------------------------------------------------
@@ -309,6 +313,9 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     const uint32_t steps = begin < end ? (end - begin + QUERIES - 1) / QUERIES : 0;
 
     const uint32_t head_size = args.head_size;
+    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
+                           has_vectors(v, layout.v) && has_vectors(dout, grads.o) && has_vectors(dk, grads.k) &&
+                           has_vectors(dv, grads.v);
     Bits* const k_tile = shared;
     Bits* const v_tile = k_tile + KEYS * D;
     Bits* const dout_tile = v_tile + KEYS * D;
@@ -320,15 +327,16 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     if (steps > 0) {
         // Keys that no query sees count as zeros.
         const uint32_t seen_begin = args.visible_begin(0), seen_end = args.visible_end(args.queries - 1, length);
-        const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, head_size, seen_begin, seen_end);
-        const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, head_size, seen_begin, seen_end);
-        const HeadRows q_rows = head_rows(q, layout.q, batch, head, head_size, begin, end);
-        load_rows<D, KEYS, THREADS>(k_tile, k_rows, first_key, head_size);
-        load_rows<D, KEYS, THREADS>(v_tile, v_rows, first_key, head_size);
-        load_rows<D, QUERIES, THREADS>(q_tiles, q_rows, first_query, head_size);
+        const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, seen_begin, seen_end);
+        const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, seen_begin, seen_end);
+        const HeadRows q_rows = head_rows(q, layout.q, batch, head, begin, end);
+        load_rows<D, KEYS, THREADS>(k_tile, k_rows, first_key, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(v_tile, v_rows, first_key, head_size, is_vector);
+        load_rows<D, QUERIES, THREADS>(q_tiles, q_rows, first_query, head_size, is_vector);
         cp_async_commit();
     }
 
+    Scores scores(args, alibi_slopes, head);
     float dk_sums[2][COLS / 8][4] = {}, dv_sums[2][COLS / 8][4] = {};
     for (uint32_t step = 0; step < steps * group; ++step) {
         Bits* const q_tile = q_tiles + step % 2 * (QUERIES * D);
@@ -337,18 +345,17 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
 
         cp_async_wait<0>();
         __syncthreads();
-        const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, head_size, begin, end);
-        load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size);
+        const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, begin, end);
+        load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size, is_vector);
         cp_async_commit();
         if (step + 1 < steps * group) {
-            const HeadRows q_rows = head_rows(q, layout.q, batch, next_head, head_size, begin, end);
-            load_rows<D, QUERIES, THREADS>(q_tiles + (step + 1) % 2 * (QUERIES * D), q_rows, next_query, head_size);
+            const HeadRows q_rows = head_rows(q, layout.q, batch, next_head, begin, end);
+            load_rows<D, QUERIES, THREADS>(q_tiles + (step + 1) % 2 * (QUERIES * D), q_rows, next_query, head_size, is_vector);
         }
         cp_async_commit();
 
         const uint32_t query = first_query + warp_row + g, key = first_key + warp_key;
-        const Scores scores(args, alibi_slopes, head);
-        const HeadMask mask(drop, args, batch, head);
+        if (alibi_slopes) scores.logits.slope = alibi_slopes[head] * LOG2_E;
         RowStatistics<M> rows;
         rows.load(lse, delta, (uint64_t(batch) * args.heads + head) * args.queries, query, end);
 
@@ -365,6 +372,7 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
         cp_async_wait<1>();
         __syncthreads();
         multiply_keys<T>(dp, douts, v_tile + warp_key * D, first);
+        const HeadMask mask(drop, args, batch, head);
         uint32_t kept[M][N][2], ds[M][N][2];
         if (scores.logits.softcap == 0.f) {
             differentiate<DROP, false, T>(s, dp, scores, mask, args, rows, query, key, first, kept, ds);
@@ -391,16 +399,16 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     }
 
     // Through the tiles of keys and values, which nobody reads any more.
-    const float scale = float(args.scale), drop_scale = DROP ? drop.scale : 1.f;
+    const float scale = float(args.scale), drop_scale = (DROP ? drop.scale : 1.f) / RAISED;
     const float dk_factor[2][2] = {{scale, scale}, {scale, scale}};
     const float dv_factor[2][2] = {{drop_scale, drop_scale}, {drop_scale, drop_scale}};
     put_rows<D, T>(k_tile, grad_key, grad_col, dk_sums, dk_factor);
     put_rows<D, T>(v_tile, grad_key, grad_col, dv_sums, dv_factor);
     __syncthreads();
-    const HeadRows dk_rows = head_rows(dk, grads.k, batch, kv_head, head_size, 0, args.keys);
-    const HeadRows dv_rows = head_rows(dv, grads.v, batch, kv_head, head_size, 0, args.keys);
-    store_rows<D, KEYS, THREADS>(k_tile, 0, dk_rows, first_key, head_size);
-    store_rows<D, KEYS, THREADS>(v_tile, 0, dv_rows, first_key, head_size);
+    const HeadRows dk_rows = head_rows(dk, grads.k, batch, kv_head, 0, args.keys);
+    const HeadRows dv_rows = head_rows(dv, grads.v, batch, kv_head, 0, args.keys);
+    store_rows<D, KEYS, THREADS>(k_tile, 0, dk_rows, first_key, head_size, is_vector);
+    store_rows<D, KEYS, THREADS>(v_tile, 0, dv_rows, first_key, head_size, is_vector);
 }
 
 }  // namespace

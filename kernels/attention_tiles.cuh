@@ -22,12 +22,14 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 template <int D>
 struct Tile {
     static constexpr int CHUNKS = D / 8;
+    // Chunks change places within groups of as many.
+    static constexpr int GROUP = D % 64 == 0 ? 8 : 4;
     // What adding 16 to a row, or 4 to one with row & 4 == 0, flips in its swizzle.
-    static constexpr int FLIP = D % 64 == 0 ? 4 : 2;
+    static constexpr int FLIP = GROUP / 2;
 
     __device__ static __forceinline__ int swizzle(int row) {
         const int s = ((row >> 1) ^ (row >> 3)) & 3;
-        return D % 64 == 0 ? (row & 1) | s << 1 : s;
+        return GROUP == 8 ? (row & 1) | s << 1 : s;
     }
     __device__ static __forceinline__ int offset(int row, int chunk) {
         return row * D + (chunk ^ swizzle(row)) * 8;
@@ -54,7 +56,9 @@ struct LaneRow {
 
     // The same `rows` further down, in the columns 16 col on. IS_FLIPPED: see Tile::FLIP.
     __device__ __forceinline__ int at(int rows, int col, bool is_flipped) const {
-        return offset + rows * D + (chunk ^ (2 * col ^ (is_flipped ? Tile<D>::FLIP : 0))) * 8;
+        constexpr int GROUP = Tile<D>::GROUP;
+        const int in_group = chunk ^ 2 * col % GROUP ^ (is_flipped ? Tile<D>::FLIP : 0);
+        return offset + rows * D + (in_group + 2 * col / GROUP * GROUP) * 8;
     }
 };
 
@@ -66,15 +70,11 @@ template <int D>
 __device__ __forceinline__ LaneRow<D> natural_rows(int first) {
     return {first + lane_id() % 16, lane_id() / 16};
 }
-// Matrices: 8 keys of column tile n, both halves of 16 columns, then the same for n + 1: fragments B of K^T.
+// Matrices: 8 keys of column tile n, 8 of n + 1, then the same of the next 8 columns. Of K, registers 0 and 2
+// are the fragment B for n, 1 and 3 that for n + 1; transposed, of V, 0 and 1 that for 8 columns, 2 and 3 that
+// for 8 more.
 template <int D>
 __device__ __forceinline__ LaneRow<D> permuted_keys() {
-    const int lane = lane_id();
-    return {lane % 8 / 2 * 8 + lane % 2 + lane / 16 * 2, lane / 8 % 2};
-}
-// Matrices: 8 keys of column tile n, 8 of n + 1, then the same of the next 8 columns: fragments B of V.
-template <int D>
-__device__ __forceinline__ LaneRow<D> permuted_keys_of_values() {
     const int lane = lane_id();
     return {lane % 8 / 2 * 8 + lane % 2 + lane / 8 % 2 * 2, lane / 16};
 }
@@ -85,35 +85,40 @@ struct HeadRows {
     uint64_t stride;
     uint32_t begin;
     uint32_t end;
-    bool is_vector;
 };
 
 // Whether all rows of a tensor can be read and written 16 bytes at a time.
-__device__ __forceinline__ bool has_vectors(const void* tensor, const HeadStrides& strides, uint32_t head_size) {
-    return is_aligned(tensor) && (strides.batch | strides.head | strides.row | head_size) % WIDTH == 0;
+__device__ __forceinline__ bool has_vectors(const void* tensor, const HeadStrides& strides) {
+    return is_aligned(tensor) && (strides.batch | strides.head | strides.row) % WIDTH == 0;
 }
 
 template <typename T>
 __device__ __forceinline__ HeadRows head_rows(const T* tensor, const HeadStrides& strides, uint32_t batch,
-                                              uint32_t head, uint32_t head_size, uint32_t begin, uint32_t end) {
+                                              uint32_t head, uint32_t begin, uint32_t end) {
     const T* start = tensor + batch * strides.batch + head * strides.head;
-    return {reinterpret_cast<const Bits*>(start), strides.row, begin, end, has_vectors(tensor, strides, head_size)};
+    return {reinterpret_cast<const Bits*>(start), strides.row, begin, end};
 }
 
 // Starts to load ROWS rows from `first` on; those that are not aligned are loaded at once. Columns from
 // head_size on become zeros.
 template <int D, int ROWS, int THREADS>
-__device__ __forceinline__ void load_rows(Bits* tile, const HeadRows& rows, uint32_t first, uint32_t head_size) {
+__device__ __forceinline__ void load_rows(Bits* tile, const HeadRows& rows, uint32_t first, uint32_t head_size,
+                                          bool is_vector) {
     constexpr int CHUNKS = Tile<D>::CHUNKS;
-    static_assert(ROWS * CHUNKS % THREADS == 0, "every thread loads as many chunks");
-    if (rows.is_vector) {
+    // Rows that all threads load at once; a power of two, so for D = 96 some threads load nothing.
+    constexpr int STEP = D == 96 ? THREADS / 16 : THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0, "whole steps");
+    if (is_vector) {
+        const int first_row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        if (first_row >= STEP) return;
+        const Bits* from = rows.start + (first + first_row) * rows.stride + chunk * WIDTH;
 #pragma unroll
-        for (int i = 0; i < ROWS * CHUNKS / THREADS; ++i) {
-            const int index = i * THREADS + threadIdx.x, row = index / CHUNKS, chunk = index % CHUNKS;
+        for (int i = 0; i < ROWS / STEP; ++i) {
+            const int row = first_row + i * STEP;
             bool is_read = first + row >= rows.begin && first + row < rows.end;  // tail
             is_read = is_read && chunk * WIDTH < head_size;                      // tail
-            const Bits* from = rows.start + (is_read ? (first + row) * rows.stride + chunk * WIDTH : 0);
             cp_async_16(tile + Tile<D>::offset(row, chunk), from, is_read);
+            from += STEP * rows.stride;
         }
     } else {
 #pragma unroll 1
@@ -134,7 +139,7 @@ __device__ __forceinline__ void load_rows(Bits* tile, const HeadRows& rows, uint
 // THREADS threads store ROWS rows of a tile, from row `from` on, as the rows `first` .. of a head.
 template <int D, int ROWS, int THREADS>
 __device__ __forceinline__ void store_rows(const Bits* tile, int from, const HeadRows& rows, uint32_t first,
-                                           uint32_t head_size) {
+                                           uint32_t head_size, bool is_vector) {
     constexpr int CHUNKS = Tile<D>::CHUNKS;
     Bits* start = const_cast<Bits*>(rows.start);
 #pragma unroll 1
@@ -143,7 +148,7 @@ __device__ __forceinline__ void store_rows(const Bits* tile, int from, const Hea
         if (first + row >= rows.end || chunk * WIDTH >= head_size) continue;  // tail
         Bits* to = start + (first + row) * rows.stride + chunk * WIDTH;
         const uint4 eight = *reinterpret_cast<const uint4*>(tile + Tile<D>::offset(from + row, chunk));
-        if (rows.is_vector) {
+        if (is_vector) {
             *reinterpret_cast<uint4*>(to) = eight;
         } else {
             const uint32_t word[4] = {eight.x, eight.y, eight.z, eight.w};
@@ -217,8 +222,8 @@ __device__ __forceinline__ void multiply_keys(float (&s)[M][N][4], Fragments<D, 
             ldmatrix_x4(b, keys + row.at(n / 4 * 32 + in_block * 2, col, in_block == 2));
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                mma_m16n8k16(s[m][n], x[m], b[0], b[1], T());
-                mma_m16n8k16(s[m][n + 1], x[m], b[2], b[3], T());
+                mma_m16n8k16(s[m][n], x[m], b[0], b[2], T());
+                mma_m16n8k16(s[m][n + 1], x[m], b[1], b[3], T());
             }
         }
     }
@@ -228,7 +233,7 @@ __device__ __forceinline__ void multiply_keys(float (&s)[M][N][4], Fragments<D, 
 template <int D, typename T, int M, int N>
 __device__ __forceinline__ void multiply_values(float (&o)[M][D / 8][4], const uint32_t (&p)[M][N][2],
                                                 const Bits* values) {
-    const LaneRow<D> row = permuted_keys_of_values<D>();
+    const LaneRow<D> row = permuted_keys<D>();
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
 #pragma unroll
@@ -278,11 +283,15 @@ __device__ __forceinline__ void multiply_transposed(float (&x)[M][N][4], const B
 // Of the column tile n in a tile of keys, the lane's first key.
 __device__ __forceinline__ int key_of(int n) { return n / 4 * 32 + lane_id() % 4 * 8 + n % 4 * 2; }
 
+// Backward multiplies probabilities by this, and what they are multiplied with by its inverse, since the small
+// ones of long rows would be subnormal halves.
+constexpr float RAISED = 4096.f, LOG2_RAISED = 12.f;
+
 // What backward knows of the rows of 16 M queries.
 template <int M>
 struct RowStatistics {
-    float lse[M][2];  // in base 2
-    float delta[M][2];
+    float lse[M][2];    // in base 2, of raised probabilities
+    float delta[M][2];  // divided by RAISED
 
     // `query` is the lane's first. Rows from `end` on, and those that see nothing, have probabilities 0.
     __device__ __forceinline__ void load(const float* all_lse, const float* all_delta, uint64_t first_row,
@@ -293,9 +302,9 @@ struct RowStatistics {
             for (int h = 0; h < 2; ++h) {
                 const uint32_t row = query + 16 * m + 8 * h;
                 lse[m][h] = INFINITY;
-                if (row < end) lse[m][h] = all_lse[first_row + row] * LOG2_E;  // tail
+                if (row < end) lse[m][h] = all_lse[first_row + row] * LOG2_E - LOG2_RAISED;  // tail
                 delta[m][h] = 0.f;
-                if (lse[m][h] != INFINITY) delta[m][h] = all_delta[first_row + row];
+                if (lse[m][h] != INFINITY) delta[m][h] = all_delta[first_row + row] / RAISED;
             }
         }
     }
@@ -311,7 +320,7 @@ struct Scores {
 
     __device__ __forceinline__ Scores(const AttentionArgs& args, const float* alibi_slopes, uint32_t head)
         : logits(args, alibi_slopes, head),
-          is_plain(logits.softcap == 0.f && logits.slope == 0.f && logits.scale > 0.f),
+          is_plain(logits.softcap == 0.f && !alibi_slopes && logits.scale > 0.f),
           factor(is_plain ? logits.scale : 1.f) {}
 };
 
@@ -400,20 +409,21 @@ struct HeadMask {
 
 // ---- Backward ---------------------------------------------------------------------------------------
 
-// From logits and dP of the column tiles first .. first + N: the probabilities that were kept, not yet scaled,
-// and the gradient of the scores but for args.scale.
+// From logits and dP of the column tiles first .. first + N: RAISED times the probabilities that were kept, not
+// yet scaled, and the gradient of the scores but for args.scale.
 template <bool DROP, bool CAPPED, typename T, int M, int N>
 __device__ __forceinline__ void differentiate(const float (&s)[M][N][4], const float (&dp)[M][N][4],
                                               const Scores& scores, const HeadMask& mask, const AttentionArgs& args,
                                               const RowStatistics<M>& rows, uint32_t query, uint32_t key, int first,
                                               uint32_t (&kept)[M][N][2], uint32_t (&ds)[M][N][2]) {
+    const float dp_scale = (DROP ? mask.drop.scale : 1.f) / RAISED;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const uint32_t row = query + 16 * m + 8 * h, own_key = row + args.keys - args.queries;
             Draws draws;
-            if (DROP) draws = mask.draw_keys(row, key + key_of(0));
+            if (DROP) draws = mask.draw_keys(opaque(row), key + key_of(0));
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 uint32_t word = 0;
@@ -424,9 +434,9 @@ __device__ __forceinline__ void differentiate(const float (&s)[M][N][4], const f
                     const float t = s[m][n][2 * h + e];
                     const float p = exp2_approx(fmaf(t, scores.factor, -rows.lse[m][h]));
                     const bool keep = !DROP || mask.keeps(word, e);
-                    const float scaled = DROP ? dp[m][n][2 * h + e] * mask.drop.scale : dp[m][n][2 * h + e];
+                    const float kept_dp = fmaf(dp[m][n][2 * h + e], dp_scale, -rows.delta[m][h]);
                     y[e] = keep ? p : 0.f;
-                    dt[e] = p * ((keep ? scaled : 0.f) - rows.delta[m][h]);
+                    dt[e] = p * (keep ? kept_dp : -rows.delta[m][h]);
                     if (CAPPED) {
                         const float capped = -scores.logits.biased(-t, own_key, key + key_of(first + n) + e);
                         dt[e] = p == 0.f ? 0.f : dt[e] * scores.logits.slope_of_cap(capped);

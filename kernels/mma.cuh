@@ -73,4 +73,11 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t word) {
     return spread;
 }
 
+// The same, unknown to the compiler: what follows from it is computed anew in every round of a loop instead of
+// being kept in registers.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 #endif

@@ -55,7 +55,8 @@ struct Site {
   const char *file = nullptr;
   int line = 0;
   bool operator==(const Site &other) const {
-    return line == other.line && !strcmp(call, other.call) && !strcmp(file, other.file);
+    const auto same = [](const char *a, const char *b) { return a == b || !strcmp(a, b); };
+    return line == other.line && same(call, other.call) && same(file, other.file);
   }
 };
 
@@ -101,6 +102,7 @@ inline fiber::Fiber scheduler;
 inline std::function<void()> kernel_body;
 inline const char *kernel_name = "";
 inline uint32_t waiting_lanes[max_block_threads / warpSize]; // of each warp, those at a collective
+inline uint32_t running_lanes[max_block_threads / warpSize]; // and those that have not returned
 
 // The threads of the block in their order, the place of each, and which places are ready to run.
 inline std::vector<unsigned> line;
@@ -175,6 +177,7 @@ inline void thread_main() {
   for (;;) {
     kernel_body();
     current->state = State::returned;
+    running_lanes[thread_id() / warpSize] &= ~(1u << lane_id());
     fiber::switch_to(current->fiber, scheduler);
   }
 }
@@ -221,10 +224,11 @@ inline const Thread &meet(Site site, unsigned mask, uint64_t offered, unsigned s
   const unsigned lane = lane_id(), first = thread_id() - lane;
   if (!(mask >> lane & 1)) fail("%s at %s:%d: lane %u is not in its own mask %08x", site.call, site.file, site.line, lane, mask);
   if (!(mask >> source & 1)) fail("%s at %s:%d reads lane %u, which is not in the mask %08x", site.call, site.file, site.line, source, mask);
-  for (unsigned other = 0; other < warpSize; ++other)
-    if ((mask >> other & 1) && (first + other >= block_size || threads[first + other].state == State::returned))
-      fail("%s at %s:%d: inactive lane %u is in the mask %08x; it %s", site.call, site.file, site.line, other, mask,
-           first + other >= block_size ? "does not exist" : "has returned");
+  if (const unsigned inactive = mask & ~running_lanes[first / warpSize]) {
+    const unsigned other = __builtin_ctz(inactive);
+    fail("%s at %s:%d: inactive lane %u is in the mask %08x; it %s", site.call, site.file, site.line, other, mask,
+         first + other >= block_size ? "does not exist" : "has returned");
+  }
 
   Thread &self = *current;
   self.state = State::at_collective;
@@ -319,7 +323,9 @@ inline bool all_at_barrier() {
 inline void run_block(const Order &order, std::mt19937 &random) {
   poison_shared_memory();
   set_line(order.line_up(block_size, random));
+  memset(running_lanes, 0, sizeof running_lanes);
   for (unsigned i = 0; i < block_size; ++i) {
+    running_lanes[i / warpSize] |= 1u << i % warpSize;
     threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     threads[i].copies.clear();
     threads[i].groups = 0;

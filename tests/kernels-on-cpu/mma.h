@@ -65,6 +65,9 @@ inline float float_from(uint16_t bits, __nv_bfloat16) { return float_from_bfloat
 // Products of halves are exact in f32. They are added one by one, in the order of A's columns, each sum
 // rounded; hardware adds in another order and truncates.
 template <class T>
+#ifndef __clang__
+__attribute__((optimize("O3")))
+#endif
 __attribute__((no_sanitize("address", "undefined"))) void mma_work(Thread *warp) {
   float a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < warpSize; ++lane) {
@@ -123,3 +126,4 @@ template <unsigned pending> void cp_async_wait() {
 
 inline float exp2_approx(float x) { return exp2f(x); }
 inline uint32_t spread_signs(uint32_t word) { return (word >> 31 ? 0xffff0000u : 0) | (word >> 15 & 1 ? 0xffffu : 0); }
+inline uint32_t opaque(uint32_t x) { return x; }
