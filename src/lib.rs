@@ -3,6 +3,7 @@
 //!
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
 //!   [`softmax_dropout`], [`drop_path_add`]. Each takes a [`DropMask`], which says what is dropped.
+//!   [`rope()`] takes none.
 //! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
 //!   [`MaskGenerator`], one key a call, and only in training.
 //! - A model: [`Gpt`], and [`seeded_var_builder`] for repeatable weights.
@@ -47,12 +48,13 @@ mod transformer;
 pub use candle_nn::LayerNormConfig;
 pub use init::seeded_var_builder;
 pub use layers::{
-    DropPath, Dropout, LayerNorm, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm, set_seed,
+    DropPath, Dropout, LayerNorm, RmsNorm, Rope, RopeConfig, RopeScaling, layer_norm,
+    layer_norm_no_bias, rms_norm, set_seed,
 };
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
-    Activation, AttentionMask, Norm, StochasticDepth, activation_dropout, drop_path_add, dropout,
-    dropout_add, dropout_add_norm, softmax_dropout,
+    Activation, AttentionMask, Norm, RopeStyle, StochasticDepth, activation_dropout, drop_path_add,
+    dropout, dropout_add, dropout_add_norm, rope, softmax_dropout,
 };
 pub use transformer::{GenerationConfig, Gpt, GptConfig};
 

@@ -5,6 +5,7 @@ mod drop_path_add;
 mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
+mod rope;
 mod softmax_dropout;
 
 pub use activation_dropout::{Activation, activation_dropout};
@@ -12,6 +13,9 @@ pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use dropout::dropout;
 pub use dropout_add::dropout_add;
 pub use dropout_add_norm::{Norm, dropout_add_norm, layer_norm, rms_norm};
+#[cfg(feature = "cuda")]
+pub(crate) use rope::RopeArgs;
+pub use rope::{RopeStyle, rope};
 #[cfg(feature = "cuda")]
 pub(crate) use softmax_dropout::ScoreArgs;
 pub use softmax_dropout::{AttentionMask, softmax_dropout};
