@@ -210,7 +210,7 @@ fn empty_tensors_give_empty_outputs_and_gradients() -> Result<()> {
 fn gradients_equal_finite_differences() -> Result<()> {
     const STEP: f64 = 1e-5;
     for op in OPS {
-        let shape = op.fitting([3, 7]);
+        let shape = op.fitting(&[3, 7]);
         let (dims, drop) = (op.arguments(&shape), mask(0.3));
         let args = dims.iter().enumerate().map(|(i, dims)| random(dims, DType::F64, i as u64));
         let args = args.collect::<Result<Vec<_>>>()?;
@@ -240,7 +240,7 @@ fn gradients_equal_finite_differences() -> Result<()> {
 #[test]
 fn only_tracked_arguments_need_a_gradient() -> Result<()> {
     for op in OPS {
-        let (dims, drop) = (op.arguments(&op.fitting([4, 9])), mask(0.3));
+        let (dims, drop) = (op.arguments(&op.fitting(&[4, 9])), mask(0.3));
         let args = dims.iter().enumerate().map(|(i, dims)| random(dims, DType::F32, i as u64));
         let args = args.collect::<Result<Vec<_>>>()?;
         let vars = args.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
@@ -266,7 +266,7 @@ fn only_tracked_arguments_need_a_gradient() -> Result<()> {
 fn a_second_backward_gives_the_same_gradients() -> Result<()> {
     for op in OPS {
         let vars = op
-            .arguments(&op.fitting([4, 9]))
+            .arguments(&op.fitting(&[4, 9]))
             .into_iter()
             .map(|dims| Var::from_tensor(&random(&dims, DType::F32, 3)?));
         let vars = vars.collect::<Result<Vec<_>>>()?;
@@ -527,7 +527,7 @@ fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
             let on = |threads: usize| -> Result<Vec<Vec<u64>>> {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
-                    let dims = op.arguments(&op.fitting([700, 257]));
+                    let dims = op.arguments(&op.fitting(&[700, 257]));
                     let bases =
                         dims.iter().enumerate().map(|(i, dims)| random(dims, dtype, i as u64));
                     let bases = bases.collect::<Result<Vec<_>>>()?;

@@ -97,8 +97,12 @@ impl Op {
     }
 
     /// This shape, or the same with one more column if the op does not take it.
-    pub fn fitting(self, [rows, cols]: [usize; 2]) -> [usize; 2] {
-        if self.takes(&[rows, cols]) { [rows, cols] } else { [rows, cols + 1] }
+    pub fn fitting(self, dims: &[usize]) -> Vec<usize> {
+        let mut fitting = dims.to_vec();
+        if let Some(cols) = fitting.last_mut().filter(|_| !self.takes(dims)) {
+            *cols += 1;
+        }
+        fitting
     }
 
     /// The shapes of its arguments, if `x` or the scores have this one.
@@ -136,12 +140,10 @@ impl Op {
 
     /// What the output of an op in this dtype is multiplied with for a gradient.
     pub fn output_gradient(self, dims: &[usize], dtype: DType) -> Result<Tensor> {
-        match (self, dtype) {
-            // A loss is an f32 even for halves.
-            (Op::CrossEntropy | Op::CrossEntropySmoothed, DType::F64) => random(&[], dtype, 9),
-            (Op::CrossEntropy | Op::CrossEntropySmoothed, _) => random(&[], DType::F32, 9),
-            _ => random(dims, dtype, 9),
-        }
+        let is_loss = matches!(self, Op::CrossEntropy | Op::CrossEntropySmoothed);
+        // A loss is an f32 even for halves.
+        let dtype = if is_loss && dtype != DType::F64 { DType::F32 } else { dtype };
+        random(&self.output(dims), dtype, 9)
     }
 
     pub fn mask_dims(self, dims: &[usize]) -> Vec<usize> {
@@ -235,7 +237,7 @@ impl Op {
     }
 
     /// Cosines and sines, f32 numbers whatever the dtype of x.
-    fn tables(self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub fn tables(self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let &[.., t, d] = x.dims() else { candle_core::bail!("no positions") };
         let positions = Tensor::arange(0u32, t as u32, &Device::Cpu)?.to_dtype(DType::F64)?;
         let frequencies: Vec<f64> = (0..d / 2).map(|j| 0.9f64.powi(j as i32 % 100)).collect();
@@ -245,7 +247,7 @@ impl Op {
         Ok((table(angles.cos()?)?, table(angles.sin()?)?))
     }
 
-    fn loss_config(self) -> CrossEntropyConfig {
+    pub fn loss_config(self) -> CrossEntropyConfig {
         let smoothed = self == Op::CrossEntropySmoothed;
         CrossEntropyConfig {
             label_smoothing: if smoothed { 0.1 } else { 0. },
@@ -254,7 +256,7 @@ impl Op {
     }
 
     /// A class for each row; u32, or i64 where some are ignored.
-    fn targets(self, logits: &Tensor) -> Result<Tensor> {
+    pub fn targets(self, logits: &Tensor) -> Result<Tensor> {
         let Some((&classes, rows)) = logits.dims().split_last() else {
             candle_core::bail!("no classes")
         };
