@@ -52,7 +52,7 @@ pub use layers::{
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
     Activation, AttentionMask, Norm, StochasticDepth, activation_dropout, drop_path_add, dropout,
-    dropout_add, dropout_add_norm, softmax_dropout,
+    dropout_add, dropout_add_norm, linear, softmax_dropout,
 };
 pub use transformer::{GenerationConfig, Gpt, GptConfig};
 

@@ -18,7 +18,7 @@ use crate::layers::{DropPath, Dropout};
 use crate::mask::{DropMask, MaskGenerator};
 use crate::ops::{
     Activation, AttentionMask, Norm, activation_dropout, drop_path_add, dropout, dropout_add_norm,
-    softmax_dropout,
+    linear, softmax_dropout,
 };
 
 /// The hyperparameters of a [`Gpt`], with the names Hugging Face gives them.
@@ -192,12 +192,11 @@ impl Projection {
 
     /// `x W`, `[B, T, in] -> [B, T, out]`, as one matrix product over all tokens.
     fn matmul(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, t, c) = x.dims3()?;
-        x.reshape((b * t, c))?.matmul(&self.weight)?.reshape((b, t, ()))
+        linear(x, &self.weight, None)
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.matmul(x)?.broadcast_add(&self.bias)
+        linear(x, &self.weight, Some(&self.bias))
     }
 }
 

@@ -5,6 +5,7 @@ mod drop_path_add;
 mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
+mod linear;
 mod softmax_dropout;
 
 pub use activation_dropout::{Activation, activation_dropout};
@@ -12,6 +13,7 @@ pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use dropout::dropout;
 pub use dropout_add::dropout_add;
 pub use dropout_add_norm::{Norm, dropout_add_norm, layer_norm, rms_norm};
+pub use linear::linear;
 #[cfg(feature = "cuda")]
 pub(crate) use softmax_dropout::ScoreArgs;
 pub use softmax_dropout::{AttentionMask, softmax_dropout};
