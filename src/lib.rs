@@ -6,7 +6,8 @@
 //!   [`rope()`] takes none.
 //! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
 //!   [`MaskGenerator`], one key a call, and only in training.
-//! - A model: [`Gpt`], and [`seeded_var_builder`] for repeatable weights.
+//! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
+//!   weights, [`seeded_var_builder`] makes repeatable ones.
 //!
 //! # The mask law
 //! One pure function of a key and a coordinate decides what is dropped: the last dimension of a tensor
@@ -56,7 +57,9 @@ pub use ops::{
     Activation, AttentionMask, Norm, RopeStyle, StochasticDepth, activation_dropout, drop_path_add,
     dropout, dropout_add, dropout_add_norm, rope, softmax_dropout,
 };
-pub use transformer::{GenerationConfig, Gpt, GptConfig};
+pub use transformer::{
+    Architecture, GenerationConfig, Transformer, TransformerConfig, pretrained_var_builder,
+};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]

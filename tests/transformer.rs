@@ -4,27 +4,27 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_dropout::{
-    Activation, AttentionMask, DropMask, GenerationConfig, Gpt, GptConfig, MaskGenerator, MaskKey,
-    Norm, reference, seeded_var_builder,
+    Activation, AttentionMask, DropMask, GenerationConfig, MaskGenerator, MaskKey, Norm,
+    Transformer, TransformerConfig, reference, seeded_var_builder,
 };
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
 
-fn tiny() -> GptConfig {
-    GptConfig {
+fn tiny() -> TransformerConfig {
+    TransformerConfig {
         vocab_size: 17,
-        n_positions: 12,
-        n_embd: 16,
-        n_layer: 2,
-        n_head: 4,
-        ..GptConfig::default()
+        max_position_embeddings: 12,
+        hidden_size: 16,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        ..TransformerConfig::gpt2()
     }
     .with_dropout(0.1)
 }
 
-fn model(config: &GptConfig, seed: u64) -> Result<(Gpt, VarMap)> {
+fn model(config: &TransformerConfig, seed: u64) -> Result<(Transformer, VarMap)> {
     let vars = VarMap::new();
     let vb = seeded_var_builder(&vars, seed, DType::F32, &Device::Cpu);
-    Ok((Gpt::new(config, Arc::new(MaskGenerator::new(seed)), vb)?, vars))
+    Ok((Transformer::new(config, Arc::new(MaskGenerator::new(seed)), vb)?, vars))
 }
 
 /// Token ids `[b, t]` that follow a pattern a model can learn.
@@ -34,7 +34,7 @@ fn ids(b: usize, t: usize, step: usize) -> Result<Tensor> {
     Tensor::from_vec(ids, (b, t), &Device::Cpu)
 }
 
-fn loss(gpt: &Gpt, ids: &Tensor, train: bool) -> Result<Tensor> {
+fn loss(gpt: &Transformer, ids: &Tensor, train: bool) -> Result<Tensor> {
     let t = ids.dim(1)? - 1;
     let logits = gpt.forward(&ids.narrow(1, 0, t)?.contiguous()?, train)?;
     cross_entropy(&logits.flatten_to(1)?, &ids.narrow(1, 1, t)?.flatten_all()?)
@@ -44,7 +44,7 @@ fn loss(gpt: &Gpt, ids: &Tensor, train: bool) -> Result<Tensor> {
 fn every_parameter_receives_a_finite_non_zero_gradient() -> Result<()> {
     for fused in [true, false] {
         for drop_path_rate in [0.0, 0.3] {
-            let (gpt, vars) = model(&GptConfig { drop_path_rate, fused, ..tiny() }, 1)?;
+            let (gpt, vars) = model(&TransformerConfig { drop_path_rate, fused, ..tiny() }, 1)?;
             let grads = loss(&gpt, &ids(8, 13, 0)?, true)?.backward()?;
             for (name, var) in vars.data().lock().unwrap().iter() {
                 let grad = grads
@@ -70,8 +70,8 @@ fn activations_beyond_256_train_in_f16() -> Result<()> {
     for fused in [true, false] {
         let vars = VarMap::new();
         let vb = seeded_var_builder(&vars, 1, DType::F16, &Device::Cpu);
-        let config = GptConfig { fused, ..tiny() };
-        let gpt = Gpt::new(&config, Arc::new(MaskGenerator::new(1)), vb)?;
+        let config = TransformerConfig { fused, ..tiny() };
+        let gpt = Transformer::new(&config, Arc::new(MaskGenerator::new(1)), vb)?;
         let large: Vec<f32> = (0..64).map(|i| if i % 2 == 0 { 300. } else { -2000. }).collect();
         let large = Tensor::new(large, &Device::Cpu)?.to_dtype(DType::F16)?;
         let vars = vars.data().lock().unwrap();
@@ -91,7 +91,7 @@ fn activations_beyond_256_train_in_f16() -> Result<()> {
 #[test]
 fn fused_and_unfused_training_agree() -> Result<()> {
     let train = |fused| -> Result<Vec<f32>> {
-        let (gpt, vars) = model(&GptConfig { drop_path_rate: 0.1, fused, ..tiny() }, 3)?;
+        let (gpt, vars) = model(&TransformerConfig { drop_path_rate: 0.1, fused, ..tiny() }, 3)?;
         let mut adamw =
             AdamW::new(vars.all_vars(), ParamsAdamW { lr: 3e-3, ..Default::default() })?;
         let step = |step| {
@@ -113,10 +113,10 @@ fn fused_and_unfused_training_agree() -> Result<()> {
 fn the_same_masks_are_drawn_fused_or_not_and_none_in_evaluation() -> Result<()> {
     for (drop_p, drop_path_rate) in [(0.1, 0.1), (0.1, 0.0), (0.0, 0.0), (0.0, 0.5), (1.0, 1.0)] {
         let logits = |fused| -> Result<(Vec<f32>, u64)> {
-            let config = GptConfig { drop_path_rate, fused, ..tiny().with_dropout(drop_p) };
+            let config = TransformerConfig { drop_path_rate, fused, ..tiny().with_dropout(drop_p) };
             let vars = VarMap::new();
             let masks = Arc::new(MaskGenerator::new(5));
-            let gpt = Gpt::new(
+            let gpt = Transformer::new(
                 &config,
                 masks.clone(),
                 seeded_var_builder(&vars, 5, DType::F32, &Device::Cpu),
@@ -127,7 +127,7 @@ fn the_same_masks_are_drawn_fused_or_not_and_none_in_evaluation() -> Result<()> 
             Ok((logits, masks.state().counter))
         };
         let ((fused, keys), (unfused, unfused_keys)) = (logits(true)?, logits(false)?);
-        assert_eq!((keys, unfused_keys), (11, 11), "1 + 5 n_layer keys a call");
+        assert_eq!((keys, unfused_keys), (11, 11), "1 + 5 num_hidden_layers keys a call");
         for (a, b) in fused.iter().zip(&unfused) {
             assert!(
                 (a - b).abs() < 1e-5,
@@ -140,14 +140,15 @@ fn the_same_masks_are_drawn_fused_or_not_and_none_in_evaluation() -> Result<()> 
 
 /// The mask of every dropout site in the order of their keys, with the shape of what it drops.
 fn sites(
-    config: &GptConfig,
+    config: &TransformerConfig,
     seed: u64,
     (b, t): (usize, usize),
 ) -> Result<Vec<(DropMask, Vec<usize>)>> {
-    let GptConfig { n_embd: c, n_head: h, n_layer, .. } = *config;
+    let TransformerConfig { hidden_size: c, num_attention_heads: h, num_hidden_layers, .. } =
+        *config;
     let mut sites = vec![(config.embd_pdrop, vec![b, t, c])];
-    for layer in 1..=n_layer {
-        let drop_path = config.drop_path_rate * layer as f32 / n_layer as f32;
+    for layer in 1..=num_hidden_layers {
+        let drop_path = config.drop_path_rate * layer as f32 / num_hidden_layers as f32;
         sites.extend([
             (config.attn_pdrop, vec![b, h, t, t]),
             (config.resid_pdrop, vec![b, t, c]),
@@ -164,18 +165,18 @@ fn sites(
 
 /// The logits of a GPT from the formulas, with these masks as (keep, scale).
 fn reference_logits(
-    config: &GptConfig,
+    config: &TransformerConfig,
     vars: &VarMap,
     ids: &Tensor,
     masks: &[(Tensor, f64)],
 ) -> Result<Tensor> {
     let vars = vars.data().lock().unwrap();
     let (b, t) = ids.dims2()?;
-    let (c, h) = (config.n_embd, config.n_head);
+    let (c, h) = (config.hidden_size, config.num_attention_heads);
     let norm = |x: &Tensor, name: String| {
         let [weight, bias] = ["weight", "bias"].map(|v| vars[&format!("{name}.{v}")].as_tensor());
         let bias = Some(bias.clone());
-        reference::norm(x, &Norm::layer_norm(weight.clone(), bias, config.layer_norm_epsilon))
+        reference::norm(x, &Norm::layer_norm(weight.clone(), bias, config.norm_eps))
     };
     let linear = |x: &Tensor, name: String| {
         let [weight, bias] = ["weight", "bias"].map(|v| vars[&format!("{name}.{v}")].as_tensor());
@@ -188,7 +189,7 @@ fn reference_logits(
     let mut next = || masks.next().unwrap();
     let (keep, scale) = next();
     let mut x = reference::dropout(&x, keep, *scale)?;
-    for layer in 0..config.n_layer {
+    for layer in 0..config.num_hidden_layers {
         let qkv = linear(&norm(&x, format!("h.{layer}.ln_1"))?, format!("h.{layer}.attn.c_attn"))?;
         let qkv = qkv.chunk(3, 2)?;
         let heads = |x: &Tensor| x.reshape((b, t, h, c / h))?.transpose(1, 2)?.contiguous();
@@ -215,10 +216,10 @@ fn reference_logits(
 
 #[test]
 fn every_site_drops_exactly_what_its_key_says_fused_or_not() -> Result<()> {
-    let config = GptConfig {
+    let config = TransformerConfig {
         vocab_size: 7,
-        n_positions: 5,
-        n_head: 2,
+        max_position_embeddings: 5,
+        num_attention_heads: 2,
         initializer_range: 0.3,
         drop_path_rate: 0.5,
         ..tiny()
@@ -241,10 +242,10 @@ fn every_site_drops_exactly_what_its_key_says_fused_or_not() -> Result<()> {
     let vars = VarMap::new();
     let mut expected = None;
     for fused in [true, false] {
-        let config = GptConfig { fused, ..config.clone() };
+        let config = TransformerConfig { fused, ..config.clone() };
         let vb = seeded_var_builder(&vars, 1, DType::F64, &Device::Cpu);
         let masks = Arc::new(MaskGenerator::new(seed));
-        let gpt = Gpt::new(&config, masks.clone(), vb)?;
+        let gpt = Transformer::new(&config, masks.clone(), vb)?;
         // Biases begin as zeros, and which of these are dropped does not show.
         for (name, var) in vars.data().lock().unwrap().iter() {
             if name.ends_with(".bias") && fused {
@@ -301,7 +302,7 @@ fn every_site_drops_exactly_what_its_key_says_fused_or_not() -> Result<()> {
 #[test]
 fn training_mode_without_dropout_is_evaluation_mode() -> Result<()> {
     for fused in [true, false] {
-        let (gpt, _) = model(&GptConfig { fused, ..tiny().with_dropout(0.0) }, 1)?;
+        let (gpt, _) = model(&TransformerConfig { fused, ..tiny().with_dropout(0.0) }, 1)?;
         let logits = |train| -> Result<Vec<f32>> {
             gpt.forward(&ids(2, 9, 0)?, train)?.flatten_all()?.to_vec1()
         };
@@ -330,7 +331,7 @@ fn saved_weights_load_into_an_equal_model() -> Result<()> {
     let (gpt, vars) = model(&tiny(), 1)?;
     vars.save(&path)?;
 
-    let logits = |gpt: &Gpt| -> Result<Vec<f32>> {
+    let logits = |gpt: &Transformer| -> Result<Vec<f32>> {
         gpt.forward(&ids(2, 9, 0)?, false)?.flatten_all()?.to_vec1()
     };
     let (other, mut other_vars) = model(&tiny(), 2)?;
@@ -341,7 +342,10 @@ fn saved_weights_load_into_an_equal_model() -> Result<()> {
     // For use without training, the file itself can back the model.
     let tensors = candle_core::safetensors::load(&path, &Device::Cpu)?;
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
-    assert_eq!(logits(&gpt)?, logits(&Gpt::new(&tiny(), Arc::new(MaskGenerator::new(0)), vb)?)?);
+    assert_eq!(
+        logits(&gpt)?,
+        logits(&Transformer::new(&tiny(), Arc::new(MaskGenerator::new(0)), vb)?)?
+    );
     std::fs::remove_file(path)?;
     Ok(())
 }
@@ -368,7 +372,7 @@ fn generation_is_repeatable_and_obeys_its_settings() -> Result<()> {
     let (gpt, _) = model(&tiny(), 1)?;
     let config = GenerationConfig { max_new_tokens: 30, seed: 4, ..Default::default() };
     let text = gpt.generate(&[1, 2, 3], &config)?;
-    assert_eq!(text.len(), 33); // longer than n_positions: the context slides
+    assert_eq!(text.len(), 33); // longer than max_position_embeddings: the context slides
     assert_eq!(text[..3], [1, 2, 3]);
     assert!(text.iter().all(|&id| id < 17));
     assert_eq!(text, gpt.generate(&[1, 2, 3], &config)?);
@@ -423,31 +427,35 @@ fn a_model_that_has_diverged_generates_an_error_at_every_temperature() -> Result
 fn bad_configurations_are_refused_before_any_variable_is_made() {
     let cases = [
         (
-            GptConfig { n_head: 3, ..tiny() },
-            "gpt: n_embd: expected a multiple of n_head = 3, got 16",
-        ),
-        (GptConfig { n_layer: 0, ..tiny() }, "gpt: n_layer: expected at least 1, got 0"),
-        (
-            GptConfig { attn_pdrop: 1.5, ..tiny() },
-            "gpt: attn_pdrop: expected a probability from 0 to 1, got 1.5",
+            TransformerConfig { num_attention_heads: 3, ..tiny() },
+            "transformer: hidden_size: expected a multiple of num_attention_heads = 3, got 16",
         ),
         (
-            GptConfig { resid_pdrop: f32::NAN, ..tiny() },
-            "gpt: resid_pdrop: expected a probability from 0 to 1, got NaN",
+            TransformerConfig { num_hidden_layers: 0, ..tiny() },
+            "transformer: num_hidden_layers: expected at least 1, got 0",
         ),
         (
-            GptConfig { drop_path_rate: -0.1, ..tiny() },
-            "gpt: drop_path_rate: expected a probability from 0 to 1",
+            TransformerConfig { attn_pdrop: 1.5, ..tiny() },
+            "transformer: attn_pdrop: expected a probability from 0 to 1, got 1.5",
         ),
         (
-            GptConfig { initializer_range: 0.0, ..tiny() },
-            "gpt: initializer_range: expected a positive number, got 0",
+            TransformerConfig { resid_pdrop: f32::NAN, ..tiny() },
+            "transformer: resid_pdrop: expected a probability from 0 to 1, got NaN",
+        ),
+        (
+            TransformerConfig { drop_path_rate: -0.1, ..tiny() },
+            "transformer: drop_path_rate: expected a probability from 0 to 1",
+        ),
+        (
+            TransformerConfig { initializer_range: 0.0, ..tiny() },
+            "transformer: initializer_range: expected a positive number, got 0",
         ),
     ];
     for (config, expected) in cases {
         let vars = VarMap::new();
         let vb = seeded_var_builder(&vars, 1, DType::F32, &Device::Cpu);
-        let error = Gpt::new(&config, Arc::new(MaskGenerator::new(1)), vb).unwrap_err().to_string();
+        let error =
+            Transformer::new(&config, Arc::new(MaskGenerator::new(1)), vb).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
         assert!(vars.all_vars().is_empty());
     }
@@ -457,7 +465,7 @@ fn bad_configurations_are_refused_before_any_variable_is_made() {
 fn ids_that_do_not_fit_are_refused() -> Result<()> {
     let (gpt, _) = model(&tiny(), 1)?;
     let error = gpt.forward(&ids(1, 13, 0)?, false).unwrap_err().to_string();
-    assert!(error.contains("1 <= T <= n_positions = 12, got [1, 13]"), "{error}");
+    assert!(error.contains("1 <= T <= max_position_embeddings = 12, got [1, 13]"), "{error}");
     assert!(gpt.forward(&Tensor::new(&[1u32, 2], &Device::Cpu)?, false).is_err());
     assert!(gpt.forward(&Tensor::new(&[[17u32]], &Device::Cpu)?, false).is_err());
     Ok(())
