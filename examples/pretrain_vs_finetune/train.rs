@@ -529,7 +529,7 @@ mod tests {
             hidden_size: 8,
             num_hidden_layers: 1,
             num_attention_heads: 2,
-            ..Default::default()
+            ..TransformerConfig::gpt2()
         };
         Shared { model, sites: Sites::All, device: Device::Cpu, eval_batch: 4, train_windows: 8 }
     }

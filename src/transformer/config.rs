@@ -238,7 +238,7 @@ impl TransformerConfig {
                 bail!("transformer: {name}: expected a positive number, got {value}")
             }
         }
-        Ok(())
+        self.rope_scaling.validate()
     }
 
     /// Reads the text of a Hugging Face `config.json` whose `model_type` is `gpt2` or `llama`.
