@@ -283,18 +283,28 @@ impl Mlp {
 
     /// `[B, T, I]`.
     fn hidden(&self, n: &Tensor) -> Result<Tensor> {
-        let joined;
-        let up = match self.up.as_slice() {
-            [up] => up,
-            parts => {
-                joined = Projection::side_by_side(parts)?;
-                &joined
-            }
-        };
-        let h = up.matmul(n)?; // [B, T, I], or [B, T, 2 I] of gate and values
-        match self.fused {
-            true => activation_dropout(&h, up.bias.as_ref(), self.act, &DropMask::none()),
-            false => activate(&up.add_bias(h)?, self.act),
+        let (b, t, c) = n.dims3()?;
+        let parts = self.up.as_slice();
+        if let [up] = parts {
+            return self.activate(up.matmul(n)?, up.bias.as_ref());
+        }
+        if b * t < c {
+            // Few tokens: their gates and values are copied side by side, not the weights.
+            let outputs = parts.iter().map(|part| part.forward(n)).collect::<Result<Vec<_>>>()?;
+            return self.activate(Tensor::cat(&outputs, D::Minus1)?, None);
+        }
+        let up = Projection::side_by_side(parts)?;
+        self.activate(up.matmul(n)?, up.bias.as_ref())
+    }
+
+    /// `act(h + bias)`, `[B, T, I]`; `h` is `[B, T, I]`, or `[B, T, 2 I]` of gate and values.
+    fn activate(&self, h: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        if self.fused {
+            return activation_dropout(&h, bias, self.act, &DropMask::none());
+        }
+        match bias {
+            Some(bias) => activate(&h.broadcast_add(bias)?, self.act),
+            None => activate(&h, self.act),
         }
     }
 }
