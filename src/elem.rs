@@ -34,6 +34,8 @@ pub(crate) trait Real:
     const NEG_INFINITY: Self;
     fn from_f32(x: f32) -> Self;
     fn from_f64(x: f64) -> Self;
+    /// The elements of a storage, if they are of this type.
+    fn elements(storage: &CpuStorage) -> Result<&[Self]>;
     fn recip(self) -> Self;
     fn sqrt(self) -> Self;
     /// `e^self` for `self <= 0`; within 2 units in the last place, and an exact 0 for -inf.
@@ -167,6 +169,17 @@ pub(crate) fn slice<'a, E: Element>(
     Ok(&E::cpu_storage_as_slice(storage)?[start..end])
 }
 
+/// The elements of a contiguous tensor on the CPU whose dtype is one that is computed in.
+pub(crate) fn reals<'a, R: Real>(
+    op: &str,
+    (storage, layout): (&'a CpuStorage, &Layout),
+) -> Result<&'a [R]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("{op}: expected a contiguous tensor, got {layout:?}; call contiguous() on it")
+    };
+    Ok(&R::elements(storage)?[start..end])
+}
+
 /// A vector of elements as the storage of a tensor on the CPU.
 pub(crate) fn storage<E: Element>(elements: Vec<E>) -> CpuStorage {
     E::to_cpu_storage_owned(elements)
@@ -235,6 +248,9 @@ impl Real for f32 {
     #[inline(always)]
     fn from_f64(x: f64) -> Self {
         x as f32
+    }
+    fn elements(storage: &CpuStorage) -> Result<&[Self]> {
+        Self::cpu_storage_as_slice(storage)
     }
     #[inline(always)]
     fn recip(self) -> Self {
@@ -311,6 +327,9 @@ impl Real for f64 {
     #[inline(always)]
     fn from_f64(x: f64) -> Self {
         x
+    }
+    fn elements(storage: &CpuStorage) -> Result<&[Self]> {
+        Self::cpu_storage_as_slice(storage)
     }
     #[inline(always)]
     fn recip(self) -> Self {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::{Gpt, GptConfig, MaskGenerator, seeded_var_builder};
+use candle_dropout::{MaskGenerator, Transformer, TransformerConfig, seeded_var_builder};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -37,14 +37,14 @@ impl Form {
 }
 
 /// 4 layers, width 128, 4 heads, 128 tokens, 32 sequences, 96 tokens in the vocabulary; or much less.
-pub fn size(small: bool) -> (GptConfig, usize) {
-    let config = GptConfig {
+pub fn size(small: bool) -> (TransformerConfig, usize) {
+    let config = TransformerConfig {
         vocab_size: 96,
-        n_positions: if small { 16 } else { 128 },
-        n_embd: if small { 32 } else { 128 },
-        n_layer: if small { 1 } else { 4 },
-        n_head: 4,
-        ..GptConfig::default()
+        max_position_embeddings: if small { 16 } else { 128 },
+        hidden_size: if small { 32 } else { 128 },
+        num_hidden_layers: if small { 1 } else { 4 },
+        num_attention_heads: 4,
+        ..TransformerConfig::gpt2()
     };
     (config, if small { 4 } else { 32 })
 }
@@ -64,7 +64,7 @@ impl Step {
     /// A fresh model and a batch of random tokens; equal arguments give equal weights, masks and tokens.
     pub fn new(
         form: Form,
-        (config, batch): &(GptConfig, usize),
+        (config, batch): &(TransformerConfig, usize),
         drop_p: f32,
         dtype: DType,
         device: &Device,
@@ -72,14 +72,14 @@ impl Step {
         let map = VarMap::new();
         let vb = seeded_var_builder(&map, 1, dtype, device);
         let config = config.clone().with_dropout(drop_p);
-        let config = GptConfig { fused: form == Form::Fused, ..config };
+        let config = TransformerConfig { fused: form == Form::Fused, ..config };
         let logits: Logits = match form {
             Form::Candle => {
                 let gpt = CandleGpt::new(&config, vb)?;
                 Box::new(move |ids| gpt.forward(ids))
             }
             _ => {
-                let gpt = Gpt::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
+                let gpt = Transformer::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
                 Box::new(move |ids| gpt.forward(ids, true))
             }
         };
@@ -87,7 +87,7 @@ impl Step {
         let vars: BTreeMap<_, _> = vars.into_iter().collect();
         let params = ParamsAdamW { lr: 3e-4, ..Default::default() };
         let adamw = AdamW::new(vars.values().cloned().collect(), params)?;
-        let t = config.n_positions;
+        let t = config.max_position_embeddings;
         let mut rng = StdRng::seed_from_u64(3);
         let mut ids = || -> Result<Vec<u32>> {
             Ok((0..batch * t).map(|_| rng.random_range(0..config.vocab_size as u32)).collect())

@@ -40,6 +40,21 @@ pub(crate) fn elementwise(rows: usize, cols: usize, multiprocessors: usize) -> L
     Launch::teams(lanes, THREADS / lanes, tiles, multiprocessors)
 }
 
+/// Rotations: a team of lanes takes one position of several heads, whose angles they share.
+pub(crate) fn rope(
+    batches: usize,
+    heads: usize,
+    positions: usize,
+    half: usize,
+    multiprocessors: usize,
+) -> Launch {
+    /// Heads that a thread rotates together: `HEADS` of `kernels/rope.cu`.
+    const HEADS: usize = 4;
+    let lanes = half.div_ceil(WIDTH).max(1).next_power_of_two().min(32);
+    let items = batches.saturating_mul(heads.div_ceil(HEADS)).saturating_mul(positions);
+    Launch::teams(lanes, THREADS / lanes, items, multiprocessors)
+}
+
 /// Softmax kernels: a team takes a row and holds it in registers, up to `THREADS * TILE * WIDTH`
 /// columns.
 pub(crate) fn softmax(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
@@ -110,6 +125,7 @@ mod tests {
                 norm(7, cols, MULTIPROCESSORS),
                 norm_bwd(7, cols, MULTIPROCESSORS),
                 norm_totals(cols),
+                rope(2, 7, 5, cols, MULTIPROCESSORS),
                 column_sums(7, cols, MULTIPROCESSORS),
                 column_totals(cols, MULTIPROCESSORS),
             ] {
@@ -127,6 +143,7 @@ mod tests {
                     elementwise(rows, cols, MULTIPROCESSORS),
                     softmax(rows, cols, MULTIPROCESSORS),
                     norm_bwd(rows, cols, MULTIPROCESSORS),
+                    rope(3, 5, rows, cols, MULTIPROCESSORS),
                     column_sums(rows, cols, MULTIPROCESSORS),
                 ] {
                     let [x, y, z] = launch.grid;

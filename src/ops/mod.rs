@@ -6,6 +6,7 @@ mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
 mod linear;
+mod rope;
 mod softmax_dropout;
 
 pub use activation_dropout::{Activation, activation_dropout};
@@ -14,6 +15,9 @@ pub use dropout::dropout;
 pub use dropout_add::dropout_add;
 pub use dropout_add_norm::{Norm, dropout_add_norm, layer_norm, rms_norm};
 pub use linear::linear;
+#[cfg(feature = "cuda")]
+pub(crate) use rope::RopeArgs;
+pub use rope::{RopeStyle, rope};
 #[cfg(feature = "cuda")]
 pub(crate) use softmax_dropout::ScoreArgs;
 pub use softmax_dropout::{AttentionMask, softmax_dropout};

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_dropout::{
-    Activation, AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, activation_dropout,
-    drop_path_add, dropout, dropout_add, dropout_add_norm, reference, softmax_dropout,
+    Activation, AttentionMask, DropMask, MaskKey, Norm, Rate, RopeStyle, StochasticDepth,
+    activation_dropout, drop_path_add, dropout, dropout_add, dropout_add_norm, reference, rope,
+    softmax_dropout,
 };
 
 use crate::common::random;
@@ -40,9 +41,12 @@ pub enum Op {
     GeluErfDropoutBias,
     SiluDropout,
     ReluDropoutBias,
+    /// At positions from 0 on.
+    Rope,
+    RopeInterleaved,
 }
 
-pub const OPS: [Op; 18] = [
+pub const OPS: [Op; 20] = [
     Op::Dropout,
     Op::DropoutAdd,
     Op::DropoutAddBias,
@@ -61,6 +65,8 @@ pub const OPS: [Op; 18] = [
     Op::GeluErfDropoutBias,
     Op::SiluDropout,
     Op::ReluDropoutBias,
+    Op::Rope,
+    Op::RopeInterleaved,
 ];
 
 /// Large enough that no row of random numbers is ill-conditioned.
@@ -71,8 +77,16 @@ impl Op {
         match self {
             Op::SoftmaxCausal => dims.len() >= 2,
             Op::DropPathAddRow => !dims.is_empty(),
+            Op::Rope | Op::RopeInterleaved => {
+                matches!(dims.len(), 2..=4) && dims[dims.len() - 1].is_multiple_of(2)
+            }
             _ => true,
         }
+    }
+
+    /// This shape, or the same with one more column if the op does not take it.
+    pub fn fitting(self, [rows, cols]: [usize; 2]) -> [usize; 2] {
+        if self.takes(&[rows, cols]) { [rows, cols] } else { [rows, cols + 1] }
     }
 
     /// The shapes of its arguments, if `x` or the scores have this one.
@@ -81,6 +95,7 @@ impl Op {
         match self {
             Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
             Op::GeluTanhDropout | Op::SiluDropout => vec![dims.to_vec()],
+            Op::Rope | Op::RopeInterleaved => vec![dims.to_vec()],
             Op::GeluErfDropoutBias | Op::ReluDropoutBias => vec![dims.to_vec(), vec![last]],
             Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
             Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
@@ -114,6 +129,10 @@ impl Op {
             Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
             Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
             Op::LayerNorm | Op::RmsNorm => self.norm(args).forward(x),
+            Op::Rope | Op::RopeInterleaved => {
+                let (cos, sin) = self.tables(x)?;
+                rope(x, &cos, &sin, self.style())
+            }
             _ if self.activation().is_some() => {
                 activation_dropout(x, args.get(1), self.activation().unwrap(), drop)
             }
@@ -143,6 +162,11 @@ impl Op {
                 reference::drop_path_add(x, &args[1], &keep, drop_scale)
             }
             Op::LayerNorm | Op::RmsNorm => reference::norm(x, &self.norm(args)),
+            Op::Rope | Op::RopeInterleaved => {
+                let (cos, sin) = self.tables(x)?;
+                let (cos, sin) = (cos.to_dtype(x.dtype())?, sin.to_dtype(x.dtype())?);
+                reference::rope(x, &cos, &sin, self.style())
+            }
             _ if self.activation().is_some() => {
                 let activation = self.activation().unwrap();
                 reference::activation_dropout(x, args.get(1), activation, &keep, drop_scale)
@@ -159,6 +183,24 @@ impl Op {
                 reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
             }
         }
+    }
+
+    fn style(self) -> RopeStyle {
+        match self {
+            Op::RopeInterleaved => RopeStyle::Interleaved,
+            _ => RopeStyle::HalfSplit,
+        }
+    }
+
+    /// Cosines and sines, f32 numbers whatever the dtype of x.
+    fn tables(self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let &[.., t, d] = x.dims() else { candle_core::bail!("no positions") };
+        let positions = Tensor::arange(0u32, t as u32, &Device::Cpu)?.to_dtype(DType::F64)?;
+        let frequencies: Vec<f64> = (0..d / 2).map(|j| 0.9f64.powi(j as i32 % 100)).collect();
+        let frequencies = Tensor::from_vec(frequencies, (1, d / 2), &Device::Cpu)?;
+        let angles = positions.reshape((t, 1))?.broadcast_mul(&frequencies)?;
+        let table = |table: Tensor| table.to_dtype(DType::F32)?.to_device(x.device());
+        Ok((table(angles.cos()?)?, table(angles.sin()?)?))
     }
 
     fn activation(self) -> Option<Activation> {

@@ -8,6 +8,7 @@ use candle_dropout::{DropMask, MaskKey, Rate};
 use crate::harness::{Case, Plain};
 use crate::launch::Launch;
 use crate::mask::MaskArgs;
+use crate::rope_args::RopeArgs;
 use crate::score_args::ScoreArgs;
 
 /// One, so few that a grid has to stride over tensors of a test's size, and the H200's.
@@ -141,6 +142,8 @@ pub unsafe trait Struct: Copy {}
 unsafe impl Struct for MaskArgs {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/softmax_dropout/mask.rs`.
 unsafe impl Struct for ScoreArgs {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/rope/args.rs`.
+unsafe impl Struct for RopeArgs {}
 
 /// The bytes that a launch copies.
 pub fn struct_bytes<T: Struct>(value: &T) -> &[u8] {

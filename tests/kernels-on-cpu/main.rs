@@ -17,6 +17,10 @@ mod launch;
 #[path = "../../src/mask/mod.rs"]
 #[allow(dead_code, unused_imports)]
 mod mask;
+mod rope;
+#[path = "../../src/ops/rope/args.rs"]
+#[allow(dead_code)]
+mod rope_args;
 #[path = "../../src/rows.rs"]
 mod rows;
 #[path = "../../src/ops/softmax_dropout/mask.rs"]
