@@ -605,6 +605,17 @@ impl Transformer {
                 caches.len()
             )
         }
+        let cached = caches.first().and_then(|cache| cache.k_cache().all_data().as_ref());
+        if let Some(cached) = cached
+            && cached.dim(0)? != ids.dim(0)?
+        {
+            bail!(
+                "transformer: ids: expected {} sequences like the caches hold, got {:?}: reset the \
+                 caches for another batch",
+                cached.dim(0)?,
+                ids.dims()
+            )
+        }
         let n = self.hidden(ids, caches, false)?; // [B, T, C]
         let last = n.narrow(1, n.dim(1)? - 1, 1)?; // [B, 1, C]
         self.logits(&last)?.squeeze(1) // [B, V]

@@ -49,6 +49,20 @@ pub fn size(small: bool) -> (TransformerConfig, usize) {
     (config, if small { 4 } else { 32 })
 }
 
+/// The same sizes in the style of LLaMA, with half as many heads of keys and values.
+pub fn in_llama_style(gpt2: &TransformerConfig) -> TransformerConfig {
+    TransformerConfig {
+        vocab_size: gpt2.vocab_size,
+        max_position_embeddings: gpt2.max_position_embeddings,
+        hidden_size: gpt2.hidden_size,
+        intermediate_size: Some(3 * gpt2.hidden_size),
+        num_hidden_layers: gpt2.num_hidden_layers,
+        num_attention_heads: gpt2.num_attention_heads,
+        num_key_value_heads: Some(gpt2.num_attention_heads / 2),
+        ..TransformerConfig::llama()
+    }
+}
+
 /// Logits of token ids, in training.
 type Logits = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>;
 
