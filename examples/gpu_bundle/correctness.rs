@@ -190,7 +190,7 @@ fn results_of(
         .enumerate()
         .map(|(i, dims)| random(dims, dtype, i as u64)?.to_device(device));
     let bases = bases.collect::<candle_core::Result<Vec<_>>>()?;
-    let dy = random(dims, dtype, 9)?.to_device(device)?;
+    let dy = op.output_gradient(dims, dtype)?.to_device(device)?;
     let fused = |args: &[Tensor]| op.fused(args, &mask(drop_p));
     let results = run_op(fused, &bases, &arguments, View::Contiguous, &dy)?;
     Ok(results.iter().map(bits).collect::<candle_core::Result<_>>()?)
@@ -199,6 +199,7 @@ fn results_of(
 fn repeats(device: &Device, dims: &[usize]) -> Group {
     let mut group = Group::new("a second run gives the same bits");
     for op in OPS {
+        let dims = &op.fitting(dims);
         for dtype in dtypes(device) {
             group.check(|| {
                 let run = || results_of(op, dims, 0.4, dtype, device);
@@ -211,9 +212,16 @@ fn repeats(device: &Device, dims: &[usize]) -> Group {
 
 fn same_bits_as_the_cpu(device: &Device, shapes: &[&[usize]], drop_ps: &[f32]) -> Group {
     let mut group = Group::new("element-wise results in f32 equal the CPU's bit for bit");
-    for op in
-        [Op::Dropout, Op::DropoutAdd, Op::DropoutAddBias, Op::DropPathAddRow, Op::DropPathAddBatch]
-    {
+    for op in [
+        Op::Dropout,
+        Op::DropoutAdd,
+        Op::DropoutAddBias,
+        Op::DropPathAddRow,
+        Op::DropPathAddBatch,
+        Op::DropPathKept,
+        Op::Rope,
+        Op::RopeInterleaved,
+    ] {
         for dims in shapes.iter().filter(|dims| op.takes(dims)) {
             for drop_p in drop_ps {
                 group.check(|| {

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::{MaskGenerator, Transformer, TransformerConfig, seeded_var_builder};
+use candle_dropout::{
+    CrossEntropyConfig, MaskGenerator, Transformer, TransformerConfig, cross_entropy,
+    seeded_var_builder,
+};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -67,6 +70,7 @@ pub fn in_llama_style(gpt2: &TransformerConfig) -> TransformerConfig {
 type Logits = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>;
 
 pub struct Step {
+    form: Form,
     logits: Logits,
     pub vars: BTreeMap<String, Var>,
     adamw: AdamW,
@@ -108,13 +112,18 @@ impl Step {
         };
         let inputs = Tensor::from_vec(ids()?, (*batch, t), device)?;
         let targets = Tensor::from_vec(ids()?, batch * t, device)?;
-        Ok(Self { logits, vars, adamw, inputs, targets })
+        Ok(Self { form, logits, vars, adamw, inputs, targets })
     }
 
     /// Mean loss of the batch.
     pub fn loss(&self) -> candle_core::Result<Tensor> {
-        let logits = (self.logits)(&self.inputs)?.flatten_to(1)?.to_dtype(DType::F32)?;
-        candle_nn::loss::cross_entropy(&logits, &self.targets)
+        let logits = (self.logits)(&self.inputs)?.flatten_to(1)?;
+        match self.form {
+            Form::Fused => cross_entropy(&logits, &self.targets, &CrossEntropyConfig::default()),
+            Form::Unfused | Form::Candle => {
+                candle_nn::loss::cross_entropy(&logits.to_dtype(DType::F32)?, &self.targets)
+            }
+        }
     }
 
     /// Backward, clipped, applied. Nothing waits for the device.
