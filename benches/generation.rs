@@ -15,7 +15,7 @@ use candle_nn::{VarBuilder, VarMap};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 const PROMPT: u32 = 128;
-const NEW: usize = 64;
+const NEW: usize = 32;
 
 /// A model whose weights are constants, as if loaded to be used.
 fn model(config: &TransformerConfig) -> Result<Transformer> {

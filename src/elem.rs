@@ -36,6 +36,9 @@ pub(crate) trait Real:
     fn from_f64(x: f64) -> Self;
     /// The elements of a storage, if they are of this type.
     fn elements(storage: &CpuStorage) -> Result<&[Self]>;
+    fn storage(elements: Vec<Self>) -> CpuStorage;
+    fn to_f64(self) -> f64;
+    fn ln(self) -> Self;
     fn recip(self) -> Self;
     fn sqrt(self) -> Self;
     /// `e^self` for `self <= 0`; within 2 units in the last place, and an exact 0 for -inf.
@@ -252,6 +255,17 @@ impl Real for f32 {
     fn elements(storage: &CpuStorage) -> Result<&[Self]> {
         Self::cpu_storage_as_slice(storage)
     }
+    fn storage(elements: Vec<Self>) -> CpuStorage {
+        Self::to_cpu_storage_owned(elements)
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+    #[inline(always)]
+    fn ln(self) -> Self {
+        f32::ln(self)
+    }
     #[inline(always)]
     fn recip(self) -> Self {
         1. / self
@@ -330,6 +344,17 @@ impl Real for f64 {
     }
     fn elements(storage: &CpuStorage) -> Result<&[Self]> {
         Self::cpu_storage_as_slice(storage)
+    }
+    fn storage(elements: Vec<Self>) -> CpuStorage {
+        Self::to_cpu_storage_owned(elements)
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn ln(self) -> Self {
+        f64::ln(self)
     }
     #[inline(always)]
     fn recip(self) -> Self {

@@ -2,8 +2,8 @@
 //! the very same masks, gradients that arrive, and no stored masks.
 //!
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
-//!   [`softmax_dropout`], [`drop_path_add`]. Each takes a [`DropMask`], which says what is dropped.
-//!   [`rope()`] takes none.
+//!   [`softmax_dropout`], [`drop_path_add`], [`drop_path_kept`]. Each takes a [`DropMask`], which says what is dropped.
+//!   [`rope()`] and [`cross_entropy()`] take none.
 //! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
 //!   [`MaskGenerator`], one key a call, and only in training.
 //! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
@@ -54,8 +54,9 @@ pub use layers::{
 };
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
-    Activation, AttentionMask, Norm, RopeStyle, StochasticDepth, activation_dropout, drop_path_add,
-    dropout, dropout_add, dropout_add_norm, linear, rope, softmax_dropout,
+    Activation, AttentionMask, CrossEntropyConfig, Norm, RopeStyle, StochasticDepth,
+    activation_dropout, cross_entropy, drop_path_add, drop_path_kept, dropout, dropout_add,
+    dropout_add_norm, linear, rope, softmax_dropout,
 };
 pub use transformer::{
     Architecture, GenerationConfig, Transformer, TransformerConfig, pretrained_var_builder,

@@ -98,14 +98,6 @@ impl Projection {
         Ok(Self { weight: Tensor::cat(&weights, 1)?, bias, fused })
     }
 
-    /// Joins projections of one input, once and for all, if none of them is trained.
-    fn join_frozen(parts: Vec<Self>) -> Result<Vec<Self>> {
-        match parts.iter().any(|part| part.weight.track_op()) {
-            true => Ok(parts),
-            false => Ok(vec![Self::side_by_side(&parts)?]),
-        }
-    }
-
     /// `x W`, `[B, T, in] -> [B, T, out]`, as one matrix product over all tokens.
     fn matmul(&self, x: &Tensor) -> Result<Tensor> {
         if self.fused {
@@ -127,6 +119,23 @@ impl Projection {
             return linear(x, &self.weight, self.bias.as_ref());
         }
         self.add_bias(self.matmul(x)?)
+    }
+}
+
+/// Projections of one input: one matrix product for all, or `N` that are trained by themselves.
+#[derive(Debug)]
+enum Projections<const N: usize> {
+    Joined(Projection),
+    Apart([Projection; N]),
+}
+
+impl<const N: usize> Projections<N> {
+    /// Joins them, once and for all, if none is trained.
+    fn new(parts: [Projection; N]) -> Result<Self> {
+        match parts.iter().any(|part| part.weight.track_op()) {
+            true => Ok(Self::Apart(parts)),
+            false => Projection::side_by_side(&parts).map(Self::Joined),
+        }
     }
 }
 
@@ -175,8 +184,7 @@ impl ResidualBranch {
 /// Grouped-query attention: `H / Hkv` heads of queries share one of keys and values.
 #[derive(Debug)]
 struct Attention {
-    /// Queries, keys and values together, or each by itself.
-    qkv: Vec<Projection>,
+    qkv: Projections<3>,
     rope: Option<Rope>,
     drop: Dropout,
     out: ResidualBranch,
@@ -208,24 +216,19 @@ impl Attention {
         self.out.forward(&y, x, next, train)
     }
 
+    /// `[B, H, T, D]`, and `[B, Hkv, T, D]` twice.
     fn queries_keys_values(&self, n: &Tensor) -> Result<[Tensor; 3]> {
         let (b, t, _) = n.dims3()?;
         let heads = |proj: &Projection| {
             let y = proj.forward(n)?.reshape((b, t, (), self.head_size))?; // [B, T, .., D]
             y.transpose(1, 2) // [B, .., T, D]
         };
-        if let [q, k, v] = self.qkv.as_slice() {
-            return Ok([heads(q)?, heads(k)?, heads(v)?]);
-        }
-        let Some(together) = self.qkv.first() else {
-            bail!("transformer: attention has no projection")
+        let qkv = match &self.qkv {
+            Projections::Apart([q, k, v]) => return Ok([heads(q)?, heads(k)?, heads(v)?]),
+            Projections::Joined(qkv) => heads(qkv)?, // [B, H + 2 Hkv, T, D]
         };
-        let qkv = heads(together)?; // [B, H + 2 Hkv, T, D]
-        Ok([
-            qkv.narrow(1, 0, self.heads)?,             // [B, H, T, D]
-            qkv.narrow(1, self.heads, self.kv_heads)?, // [B, Hkv, T, D]
-            qkv.narrow(1, self.heads + self.kv_heads, self.kv_heads)?, // [B, Hkv, T, D]
-        ])
+        let (h, hkv) = (self.heads, self.kv_heads);
+        Ok([qkv.narrow(1, 0, h)?, qkv.narrow(1, h, hkv)?, qkv.narrow(1, h + hkv, hkv)?])
     }
 
     /// Queries or keys, turned to their positions from `start` on.
@@ -272,8 +275,8 @@ impl Attention {
 /// `act(n W + b) W' + b'`, gated or not.
 #[derive(Debug)]
 struct Mlp {
-    /// Gate and values by themselves, or one projection.
-    up: Vec<Projection>,
+    /// Gate and values, or the one projection of an MLP without a gate.
+    up: Projections<2>,
     down: ResidualBranch,
     act: Activation,
     fused: bool,
@@ -292,16 +295,19 @@ impl Mlp {
     /// `[B, T, I]`.
     fn hidden(&self, n: &Tensor) -> Result<Tensor> {
         let (b, t, c) = n.dims3()?;
-        let parts = self.up.as_slice();
-        if let [up] = parts {
-            return self.activate(up.matmul(n)?, up.bias.as_ref());
-        }
-        if b * t < c {
-            // Few tokens: their gates and values are copied side by side, not the weights.
-            let outputs = parts.iter().map(|part| part.forward(n)).collect::<Result<Vec<_>>>()?;
-            return self.activate(Tensor::cat(&outputs, D::Minus1)?, None);
-        }
-        let up = Projection::side_by_side(parts)?;
+        let joined;
+        let up = match &self.up {
+            Projections::Joined(up) => up,
+            // Few tokens: what they give is copied side by side, not the weights.
+            Projections::Apart([gate, up]) if b * t < c => {
+                let h = Tensor::cat(&[gate.forward(n)?, up.forward(n)?], D::Minus1)?;
+                return self.activate(h, None);
+            }
+            Projections::Apart(parts) => {
+                joined = Projection::side_by_side(parts)?;
+                &joined
+            }
+        };
         self.activate(up.matmul(n)?, up.bias.as_ref())
     }
 
@@ -368,27 +374,25 @@ impl Block {
         let (heads, kv_heads, d) =
             (config.num_attention_heads, config.kv_heads(), config.head_size());
         let (q, kv) = (heads * d, kv_heads * d);
-        // The names of the norms, of what reads them, and of what writes to the stream.
-        let ([norm_1, norm_2], [attn_out, mlp_out]) = match config.architecture {
-            Architecture::Gpt2 => (["ln_1", "ln_2"], ["attn.c_proj", "mlp.c_proj"]),
-            Architecture::Llama => (
-                ["input_layernorm", "post_attention_layernorm"],
-                ["self_attn.o_proj", "mlp.down_proj"],
-            ),
-        };
-        let (qkv, up): (&[_], &[_]) = match config.architecture {
-            Architecture::Gpt2 => (&[("attn.c_attn", q + 2 * kv)], &[("mlp.c_fc", i)]),
-            Architecture::Llama => (
-                &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
-                &[("mlp.gate_proj", i), ("mlp.up_proj", i)],
-            ),
-        };
         let (stdev, fused) = (config.initializer_range, config.fused);
-        let inputs = |parts: &[(&str, usize)], has_bias| {
-            let part = |&(name, outputs): &(&str, usize)| {
-                Projection::new(config, (c, outputs), (stdev, has_bias), vb.pp(name))
-            };
-            Projection::join_frozen(parts.iter().map(part).collect::<Result<_>>()?)
+        let input = |name: &str, outputs, has_bias| {
+            Projection::new(config, (c, outputs), (stdev, has_bias), vb.pp(name))
+        };
+        let attn_in = |name, outputs| input(name, outputs, config.attention_bias);
+        let mlp_in = |name| input(name, i, config.mlp_bias);
+        let (qkv, up) = match config.architecture {
+            Architecture::Gpt2 => (
+                Projections::Joined(attn_in("attn.c_attn", q + 2 * kv)?),
+                Projections::Joined(mlp_in("mlp.c_fc")?),
+            ),
+            Architecture::Llama => (
+                Projections::new([
+                    attn_in("self_attn.q_proj", q)?,
+                    attn_in("self_attn.k_proj", kv)?,
+                    attn_in("self_attn.v_proj", kv)?,
+                ])?,
+                Projections::new([mlp_in("mlp.gate_proj")?, mlp_in("mlp.up_proj")?])?,
+            ),
         };
         let drop = |drop_p| Dropout::with_generator(drop_p, generator.clone());
         let output = |name: &str, inputs, has_bias| -> Result<ResidualBranch> {
@@ -401,8 +405,15 @@ impl Block {
                 fused,
             })
         };
+        let ([norm_1, norm_2], [attn_out, mlp_out]) = match config.architecture {
+            Architecture::Gpt2 => (["ln_1", "ln_2"], ["attn.c_proj", "mlp.c_proj"]),
+            Architecture::Llama => (
+                ["input_layernorm", "post_attention_layernorm"],
+                ["self_attn.o_proj", "mlp.down_proj"],
+            ),
+        };
         let attn = Attention {
-            qkv: inputs(qkv, config.attention_bias)?,
+            qkv,
             rope,
             drop: drop(config.attn_pdrop),
             out: output(attn_out, q, config.attention_bias)?,
@@ -411,12 +422,8 @@ impl Block {
             head_size: d,
             fused,
         };
-        let mlp = Mlp {
-            up: inputs(up, config.mlp_bias)?,
-            down: output(mlp_out, i, config.mlp_bias)?,
-            act: config.hidden_act,
-            fused,
-        };
+        let down = output(mlp_out, i, config.mlp_bias)?;
+        let mlp = Mlp { up, down, act: config.hidden_act, fused };
         let norm = |name| BranchNorm::new(config, vb.pp(name));
         Ok(Self { norm_1: norm(norm_1)?, attn, norm_2: norm(norm_2)?, mlp })
     }
@@ -611,6 +618,17 @@ impl Transformer {
                 "transformer: caches: expected {}, one a block, got {}: make them with `kv_caches`",
                 self.blocks.len(),
                 caches.len()
+            )
+        }
+        let cached = caches.first().and_then(|cache| cache.k_cache().all_data().as_ref());
+        if let Some(cached) = cached
+            && cached.dim(0)? != ids.dim(0)?
+        {
+            bail!(
+                "transformer: ids: expected {} sequences like the caches hold, got {:?}: reset the \
+                 caches for another batch",
+                cached.dim(0)?,
+                ids.dims()
             )
         }
         let n = self.hidden(ids, caches, false)?; // [B, T, C]

@@ -527,6 +527,12 @@ fn a_cache_changes_no_logits() -> Result<()> {
             let error = model.forward_cached(&ids.narrow(1, 0, 1)?, &mut caches).unwrap_err();
             assert!(error.to_string().contains("12 cached + T <= max_position_embeddings = 12"));
         }
+        let mut caches = model.kv_caches(12);
+        model.forward_cached(&ids.narrow(1, 0, 2)?, &mut caches)?;
+        let error = model.forward_cached(&ids.narrow(0, 0, 2)?, &mut caches).unwrap_err();
+        assert!(
+            error.to_string().contains("expected 3 sequences like the caches hold, got [2, 12]")
+        );
         let error = model.forward_cached(&ids, &mut []).unwrap_err().to_string();
         assert!(error.contains("transformer: caches: expected 2, one a block, got 0"), "{error}");
     }

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::{MaskGenerator, Transformer, TransformerConfig, seeded_var_builder};
+use candle_dropout::{
+    CrossEntropyConfig, MaskGenerator, Transformer, TransformerConfig, cross_entropy,
+    seeded_var_builder,
+};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -49,10 +52,25 @@ pub fn size(small: bool) -> (TransformerConfig, usize) {
     (config, if small { 4 } else { 32 })
 }
 
+/// The same sizes in the style of LLaMA, with half as many heads of keys and values.
+pub fn in_llama_style(gpt2: &TransformerConfig) -> TransformerConfig {
+    TransformerConfig {
+        vocab_size: gpt2.vocab_size,
+        max_position_embeddings: gpt2.max_position_embeddings,
+        hidden_size: gpt2.hidden_size,
+        intermediate_size: Some(3 * gpt2.hidden_size),
+        num_hidden_layers: gpt2.num_hidden_layers,
+        num_attention_heads: gpt2.num_attention_heads,
+        num_key_value_heads: Some(gpt2.num_attention_heads / 2),
+        ..TransformerConfig::llama()
+    }
+}
+
 /// Logits of token ids, in training.
 type Logits = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>;
 
 pub struct Step {
+    form: Form,
     logits: Logits,
     pub vars: BTreeMap<String, Var>,
     adamw: AdamW,
@@ -94,13 +112,18 @@ impl Step {
         };
         let inputs = Tensor::from_vec(ids()?, (*batch, t), device)?;
         let targets = Tensor::from_vec(ids()?, batch * t, device)?;
-        Ok(Self { logits, vars, adamw, inputs, targets })
+        Ok(Self { form, logits, vars, adamw, inputs, targets })
     }
 
     /// Mean loss of the batch.
     pub fn loss(&self) -> candle_core::Result<Tensor> {
-        let logits = (self.logits)(&self.inputs)?.flatten_to(1)?.to_dtype(DType::F32)?;
-        candle_nn::loss::cross_entropy(&logits, &self.targets)
+        let logits = (self.logits)(&self.inputs)?.flatten_to(1)?;
+        match self.form {
+            Form::Fused => cross_entropy(&logits, &self.targets, &CrossEntropyConfig::default()),
+            Form::Unfused | Form::Candle => {
+                candle_nn::loss::cross_entropy(&logits.to_dtype(DType::F32)?, &self.targets)
+            }
+        }
     }
 
     /// Backward, clipped, applied. Nothing waits for the device.

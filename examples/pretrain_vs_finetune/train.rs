@@ -9,7 +9,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_dropout::{
-    DropMask, MaskGenerator, MaskKey, Transformer, TransformerConfig, dropout, seeded_var_builder,
+    CrossEntropyConfig, DropMask, MaskGenerator, MaskKey, Transformer, TransformerConfig,
+    cross_entropy, dropout, seeded_var_builder,
 };
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use clap::ValueEnum;
@@ -178,6 +179,7 @@ struct Model {
     gpt: Transformer,
     vars: BTreeMap<String, Var>,
     masks: Arc<MaskGenerator>,
+    fused: bool,
 }
 
 impl Model {
@@ -198,7 +200,7 @@ impl Model {
             .iter()
             .map(|(name, var)| (name.clone(), var.clone()))
             .collect();
-        let model = Self { gpt, vars, masks };
+        let model = Self { gpt, vars, masks, fused: config.fused };
         if let Some(weights) = start {
             model.restore(weights)?;
         }
@@ -229,7 +231,10 @@ impl Model {
         with_dropout: bool,
     ) -> Result<f64> {
         let logits = self.gpt.forward(inputs, with_dropout)?.flatten_to(1)?;
-        let loss = token_losses(&logits, targets)?.mean_all()?;
+        let loss = match self.fused {
+            true => cross_entropy(&logits, targets, &CrossEntropyConfig::default())?,
+            false => token_losses(&logits, targets)?.mean_all()?,
+        };
         let mut grads = loss.backward()?;
         let mut squares = 0.0;
         for (name, var) in &self.vars {

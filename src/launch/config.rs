@@ -62,6 +62,16 @@ pub(crate) fn softmax(rows: usize, cols: usize, multiprocessors: usize) -> Launc
     Launch::teams(lanes, teams, rows, multiprocessors)
 }
 
+/// Cross-entropy kernels: as softmax, but a row of any length is read once.
+pub(crate) fn cross_entropy(rows: usize, classes: usize, multiprocessors: usize) -> Launch {
+    softmax(rows, classes, multiprocessors)
+}
+
+/// The second kernel of the cross entropy: one block adds up the losses of all rows.
+pub(crate) fn cross_entropy_total() -> Launch {
+    Launch { grid: [1; 3], block: [THREADS as u32, 1, 1] }
+}
+
 /// Norm kernels, forward: as softmax.
 pub(crate) fn norm(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
     softmax(rows, cols, multiprocessors)
@@ -126,6 +136,8 @@ mod tests {
                 norm_bwd(7, cols, MULTIPROCESSORS),
                 norm_totals(cols),
                 rope(2, 7, 5, cols, MULTIPROCESSORS),
+                cross_entropy(7, cols, MULTIPROCESSORS),
+                cross_entropy_total(),
                 column_sums(7, cols, MULTIPROCESSORS),
                 column_totals(cols, MULTIPROCESSORS),
             ] {

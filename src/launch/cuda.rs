@@ -9,7 +9,7 @@ use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
 
 use super::config::Launch;
 use crate::mask::MaskArgs;
-use crate::ops::{RopeArgs, ScoreArgs};
+use crate::ops::{CrossEntropyArgs, RopeArgs, ScoreArgs};
 
 /// The PTX of each `kernels/<op>.cu`.
 pub(crate) mod ptx {
@@ -22,6 +22,8 @@ unsafe impl DeviceRepr for MaskArgs {}
 unsafe impl DeviceRepr for ScoreArgs {}
 // SAFETY: as above, for `struct RopeArgs`.
 unsafe impl DeviceRepr for RopeArgs {}
+// SAFETY: as above, for `struct CrossEntropyArgs`.
+unsafe impl DeviceRepr for CrossEntropyArgs {}
 
 /// Runs `$body` with `$T` bound to the element type of a storage on CUDA.
 macro_rules! for_cuda_dtype {

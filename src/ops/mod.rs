@@ -1,7 +1,9 @@
 //! The fused ops: one folder each, from the public function down to its CPU and CUDA passes.
 
 mod activation_dropout;
+mod cross_entropy;
 mod drop_path_add;
+mod drop_path_kept;
 mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
@@ -10,7 +12,11 @@ mod rope;
 mod softmax_dropout;
 
 pub use activation_dropout::{Activation, activation_dropout};
+#[cfg(feature = "cuda")]
+pub(crate) use cross_entropy::CrossEntropyArgs;
+pub use cross_entropy::{CrossEntropyConfig, cross_entropy};
 pub use drop_path_add::{StochasticDepth, drop_path_add};
+pub use drop_path_kept::drop_path_kept;
 pub use dropout::dropout;
 pub use dropout_add::dropout_add;
 pub use dropout_add_norm::{Norm, dropout_add_norm, layer_norm, rms_norm};

@@ -151,7 +151,7 @@ impl TransformerConfig {
 
     /// Width inside the MLP.
     pub(super) fn mlp_size(&self) -> usize {
-        self.intermediate_size.unwrap_or(4 * self.hidden_size)
+        self.intermediate_size.unwrap_or(self.hidden_size.saturating_mul(4))
     }
 
     /// Heads of keys and values.
