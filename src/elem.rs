@@ -31,16 +31,21 @@ pub(crate) trait Real:
 {
     const ZERO: Self;
     const ONE: Self;
+    const INFINITY: Self;
     const NEG_INFINITY: Self;
     fn from_f32(x: f32) -> Self;
     fn from_f64(x: f64) -> Self;
-    /// The elements of a storage, if they are of this type.
-    fn elements(storage: &CpuStorage) -> Result<&[Self]>;
-    fn storage(elements: Vec<Self>) -> CpuStorage;
     fn to_f64(self) -> f64;
+    /// `self * a + b`, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
     fn ln(self) -> Self;
+    fn tanh(self) -> Self;
     fn recip(self) -> Self;
     fn sqrt(self) -> Self;
+    /// A vector as the storage of a tensor on the CPU.
+    fn storage(elements: Vec<Self>) -> CpuStorage;
+    /// The elements of a storage, if they are of this type.
+    fn slice(storage: &CpuStorage) -> Result<&[Self]>;
     /// `e^self` for `self <= 0`; within 2 units in the last place, and an exact 0 for -inf.
     fn exp_of_nonpositive(self) -> Self;
     fn abs(self) -> Self;
@@ -180,7 +185,7 @@ pub(crate) fn reals<'a, R: Real>(
     let Some((start, end)) = layout.contiguous_offsets() else {
         bail!("{op}: expected a contiguous tensor, got {layout:?}; call contiguous() on it")
     };
-    Ok(&R::elements(storage)?[start..end])
+    Ok(&R::slice(storage)?[start..end])
 }
 
 /// A vector of elements as the storage of a tensor on the CPU.
@@ -243,7 +248,14 @@ fn round_to_bf16(x: f32) -> bf16 {
 impl Real for f32 {
     const ZERO: Self = 0.;
     const ONE: Self = 1.;
+    const INFINITY: Self = f32::INFINITY;
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
+    fn storage(elements: Vec<Self>) -> CpuStorage {
+        storage(elements)
+    }
+    fn slice(storage: &CpuStorage) -> Result<&[Self]> {
+        Self::cpu_storage_as_slice(storage)
+    }
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         x
@@ -252,19 +264,30 @@ impl Real for f32 {
     fn from_f64(x: f64) -> Self {
         x as f32
     }
-    fn elements(storage: &CpuStorage) -> Result<&[Self]> {
-        Self::cpu_storage_as_slice(storage)
-    }
-    fn storage(elements: Vec<Self>) -> CpuStorage {
-        Self::to_cpu_storage_owned(elements)
-    }
     #[inline(always)]
     fn to_f64(self) -> f64 {
         f64::from(self)
     }
     #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f32::mul_add(self, a, b)
+    }
+    #[inline(always)]
     fn ln(self) -> Self {
         f32::ln(self)
+    }
+    /// The Cephes polynomial near 0, where 1 minus an exponential would cancel.
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        let (x, x2) = (self.abs(), self * self);
+        let e = (-2. * x).exp_of_nonpositive();
+        let mut p = -5.704_988_6e-3f32;
+        for c in [2.063_908_6e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+            p = p * x2 + c;
+        }
+        let far = (1. - e) / (1. + e);
+        let far = if self < 0. { -far } else { far };
+        if x < 0.625 { p * x2 * self + self } else { far }
     }
     #[inline(always)]
     fn recip(self) -> Self {
@@ -333,7 +356,14 @@ impl Real for f32 {
 impl Real for f64 {
     const ZERO: Self = 0.;
     const ONE: Self = 1.;
+    const INFINITY: Self = f64::INFINITY;
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
+    fn storage(elements: Vec<Self>) -> CpuStorage {
+        storage(elements)
+    }
+    fn slice(storage: &CpuStorage) -> Result<&[Self]> {
+        Self::cpu_storage_as_slice(storage)
+    }
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         f64::from(x)
@@ -342,19 +372,21 @@ impl Real for f64 {
     fn from_f64(x: f64) -> Self {
         x
     }
-    fn elements(storage: &CpuStorage) -> Result<&[Self]> {
-        Self::cpu_storage_as_slice(storage)
-    }
-    fn storage(elements: Vec<Self>) -> CpuStorage {
-        Self::to_cpu_storage_owned(elements)
-    }
     #[inline(always)]
     fn to_f64(self) -> f64 {
         self
     }
     #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f64::mul_add(self, a, b)
+    }
+    #[inline(always)]
     fn ln(self) -> Self {
         f64::ln(self)
+    }
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        f64::tanh(self)
     }
     #[inline(always)]
     fn recip(self) -> Self {
@@ -395,6 +427,22 @@ mod tests {
             worst = worst.max((f64::from(x.exp_of_nonpositive()) - exact).abs() / ulp);
         }
         assert!(worst <= 2., "{worst} units in the last place");
+    }
+
+    #[test]
+    fn tanh_is_within_three_units_in_the_last_place() {
+        assert_eq!([0f32.tanh(), 90f32.tanh(), f32::NEG_INFINITY.tanh()], [0., 1., -1.]);
+        assert!(Real::tanh(f32::NAN).is_nan());
+        let mut worst = 0f64;
+        for i in -1_000_000..1_000_000 {
+            let x = 10. * (i as f32 / 1e6).powi(3);
+            let exact = f64::from(x).tanh();
+            let ulp = f64::from(f32::EPSILON) * 2f64.powi(exact.abs().log2().floor() as i32);
+            if x != 0. {
+                worst = worst.max((f64::from(Real::tanh(x)) - exact).abs() / ulp);
+            }
+        }
+        assert!(worst <= 3., "{worst} units in the last place");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The fused ops: one folder each, from the public function down to its CPU and CUDA passes.
 
 mod activation_dropout;
+mod attention;
 mod cross_entropy;
 mod drop_path_add;
 mod drop_path_kept;
@@ -12,6 +13,9 @@ mod rope;
 mod softmax_dropout;
 
 pub use activation_dropout::{Activation, activation_dropout};
+#[cfg(feature = "cuda")]
+pub(crate) use attention::{AttentionArgs, AttentionLayout, HeadStrides};
+pub use attention::{AttentionConfig, attention, attention_qkv};
 #[cfg(feature = "cuda")]
 pub(crate) use cross_entropy::CrossEntropyArgs;
 pub use cross_entropy::{CrossEntropyConfig, cross_entropy};
