@@ -144,6 +144,33 @@ pub(crate) unsafe fn scattered<E: Send, R, const N: usize>(
     (vectors, result)
 }
 
+/// A new vector with one entry for each of `rows` rows of `cols` elements, filled by `f(start, chunk)`
+/// over chunks of rows, in parallel if there are many elements.
+///
+/// # Safety
+/// `f` writes every entry of the chunk that it is given.
+pub(crate) unsafe fn filled_per_row<T: Send>(
+    rows: usize,
+    cols: usize,
+    f: impl Fn(usize, &mut [MaybeUninit<T>]) + Sync,
+) -> Vec<T> {
+    if rows == 0 {
+        return Vec::new(); // rows that do not exist may have no columns either
+    }
+    let mut out = Vec::with_capacity(rows);
+    let spare = &mut out.spare_capacity_mut()[..rows];
+    if rows.saturating_mul(cols) <= MIN_ELEMENTS {
+        f(0, spare);
+    } else {
+        let chunk = (MIN_ELEMENTS / cols.max(1)).max(1);
+        let chunks = spare.par_chunks_mut(chunk).enumerate();
+        chunks.for_each(|(i, out)| f(i * chunk, out));
+    }
+    // SAFETY: the chunks cover `..rows`, and `f` has written all of each.
+    unsafe { out.set_len(rows) };
+    out
+}
+
 /// Elements a thread takes at a time.
 fn chunk_of(unit: usize) -> usize {
     MIN_ELEMENTS.next_multiple_of(unit)

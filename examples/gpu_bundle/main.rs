@@ -17,6 +17,7 @@ mod candle_gpt;
 mod correctness;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 mod cuda;
+mod kept;
 mod memory;
 mod plot;
 mod results;

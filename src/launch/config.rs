@@ -40,11 +40,36 @@ pub(crate) fn elementwise(rows: usize, cols: usize, multiprocessors: usize) -> L
     Launch::teams(lanes, THREADS / lanes, tiles, multiprocessors)
 }
 
+/// Rotations: a team of lanes takes one position of several heads, whose angles they share.
+pub(crate) fn rope(
+    batches: usize,
+    heads: usize,
+    positions: usize,
+    half: usize,
+    multiprocessors: usize,
+) -> Launch {
+    /// Heads that a thread rotates together: `HEADS` of `kernels/rope.cu`.
+    const HEADS: usize = 4;
+    let lanes = half.div_ceil(WIDTH).max(1).next_power_of_two().min(32);
+    let items = batches.saturating_mul(heads.div_ceil(HEADS)).saturating_mul(positions);
+    Launch::teams(lanes, THREADS / lanes, items, multiprocessors)
+}
+
 /// Softmax kernels: a team takes a row and holds it in registers, up to `THREADS * TILE * WIDTH`
 /// columns.
 pub(crate) fn softmax(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
     let (lanes, teams) = team_of_row(cols);
     Launch::teams(lanes, teams, rows, multiprocessors)
+}
+
+/// Cross-entropy kernels: as softmax, but a row of any length is read once.
+pub(crate) fn cross_entropy(rows: usize, classes: usize, multiprocessors: usize) -> Launch {
+    softmax(rows, classes, multiprocessors)
+}
+
+/// The second kernel of the cross entropy: one block adds up the losses of all rows.
+pub(crate) fn cross_entropy_total() -> Launch {
+    Launch { grid: [1; 3], block: [THREADS as u32, 1, 1] }
 }
 
 /// Norm kernels, forward: as softmax.
@@ -110,6 +135,9 @@ mod tests {
                 norm(7, cols, MULTIPROCESSORS),
                 norm_bwd(7, cols, MULTIPROCESSORS),
                 norm_totals(cols),
+                rope(2, 7, 5, cols, MULTIPROCESSORS),
+                cross_entropy(7, cols, MULTIPROCESSORS),
+                cross_entropy_total(),
                 column_sums(7, cols, MULTIPROCESSORS),
                 column_totals(cols, MULTIPROCESSORS),
             ] {
@@ -127,6 +155,7 @@ mod tests {
                     elementwise(rows, cols, MULTIPROCESSORS),
                     softmax(rows, cols, MULTIPROCESSORS),
                     norm_bwd(rows, cols, MULTIPROCESSORS),
+                    rope(3, 5, rows, cols, MULTIPROCESSORS),
                     column_sums(rows, cols, MULTIPROCESSORS),
                 ] {
                     let [x, y, z] = launch.grid;

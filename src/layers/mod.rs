@@ -3,7 +3,9 @@
 mod drop_path;
 mod dropout;
 mod norm;
+mod rope;
 
 pub use drop_path::DropPath;
 pub use dropout::{Dropout, set_seed};
 pub use norm::{LayerNorm, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm};
+pub use rope::{Rope, RopeConfig, RopeScaling};

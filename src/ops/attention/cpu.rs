@@ -113,7 +113,7 @@ fn backward<E: Element>(
             delta
         },
     );
-    let saved = Saved { dout, lse: E::Real::slice(lse)?, delta: &delta.concat() };
+    let saved = Saved { dout, lse: E::Real::elements(lse)?, delta: &delta.concat() };
     let stripes = (TASKS / n_kv_heads).clamp(1, (args.keys as usize).div_ceil(KEYS));
     let q_len = n_kv_heads * heads.group * queries * cols;
     let kv_len = n_kv_heads * args.keys as usize * cols;
