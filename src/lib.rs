@@ -2,8 +2,8 @@
 //! the very same masks, gradients that arrive, and no stored masks.
 //!
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
-//!   [`softmax_dropout`], [`attention`], [`drop_path_add`], [`drop_path_kept`]. Each takes a [`DropMask`],
-//!   which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take none.
+//!   [`softmax_dropout`], [`attention()`], [`drop_path_add`], [`drop_path_kept`]. Each takes a
+//!   [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take none.
 //! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
 //!   [`MaskGenerator`], one key a call, and only in training.
 //! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published

@@ -194,8 +194,9 @@ pub fn attention(
         None => vec![keys as u32; b],
     };
     let sees = |length: u32, i: usize, j: usize| {
-        let (ahead, limits) = (j as i64 - diagonal(i), config.window);
-        let inside = limits.is_none_or(|(l, r)| -(l as i64) <= ahead && ahead <= r as i64);
+        let ahead = j as i64 - diagonal(i);
+        let far = |limit: usize| ahead.unsigned_abs() > limit as u64;
+        let inside = config.window.is_none_or(|(l, r)| !far(if ahead < 0 { l } else { r }));
         u8::from(j < length as usize && inside && !(config.causal && ahead > 0))
     };
     let visible: Vec<_> = lengths

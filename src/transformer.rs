@@ -22,8 +22,8 @@ use candle_nn::{Init, VarBuilder, ops as nn_ops, rotary_emb::rope_slow};
 use crate::layers::{DropPath, Dropout, Rope, RopeConfig};
 use crate::mask::{DropMask, MaskGenerator};
 use crate::ops::{
-    Activation, AttentionMask, Norm, RopeStyle, activation_dropout, drop_path_add, dropout,
-    dropout_add_norm, linear, softmax_dropout,
+    Activation, AttentionConfig, AttentionMask, Norm, RopeStyle, activation_dropout, attention,
+    attention_qkv, drop_path_add, dropout, dropout_add_norm, linear, softmax_dropout,
 };
 
 pub use checkpoint::pretrained_var_builder;
@@ -192,6 +192,13 @@ struct Attention {
     kv_heads: usize,
     head_size: usize,
     fused: bool,
+    /// Fused as a whole, and not the softmax alone.
+    flash: bool,
+}
+
+/// Each token sees itself and those before it.
+fn causal() -> AttentionConfig {
+    AttentionConfig { causal: true, ..Default::default() }
 }
 
 impl Attention {
@@ -203,15 +210,27 @@ impl Attention {
         train: bool,
     ) -> Result<(Tensor, Tensor)> {
         let (b, t, _) = n.dims3()?;
+        if let (true, None, None, Projections::Joined(qkv)) =
+            (self.flash, &self.rope, &cache, &self.qkv)
+        {
+            let qkv = qkv.forward(n)?.reshape((b, t, (), self.head_size))?; // [B, T, H + 2 Hkv, D]
+            let (config, drop) = (causal(), self.drop.next_mask(train)?);
+            let y = attention_qkv(&qkv, self.heads, &config, &drop)?; // [B, T, H, D]
+            return self.out.forward(&y.reshape((b, t, ()))?, x, next, train);
+        }
         let [q, k, v] = self.queries_keys_values(n)?; // [B, H, T, D], [B, Hkv, T, D] twice
         let start = cache.as_ref().map_or(0, |cache| cache.current_seq_len());
         let (q, k) = (self.rotate(q, start)?, self.rotate(k, start)?);
-        let (k, v) = (k.contiguous()?, v.contiguous()?);
         let (k, v) = match cache {
-            Some(cache) => cache.append(&k, &v)?, // [B, Hkv, S, D] each
+            Some(cache) => cache.append(&k.contiguous()?, &v.contiguous()?)?, // [B, Hkv, S, D] each
             None => (k, v),
         };
-        let y = self.attend(&q, &k, &v, &self.drop.next_mask(train)?)?; // [B, H, T, D]
+        let drop = self.drop.next_mask(train)?;
+        // One query has no tiles, and its scores are no longer than its keys.
+        let y = match self.flash && t > 1 {
+            true => attention(&q, &k, &v, &causal(), &drop)?, // [B, H, T, D]
+            false => self.attend(&q, &k.contiguous()?, &v.contiguous()?, &drop)?, // [B, H, T, D]
+        };
         let y = y.transpose(1, 2)?.reshape((b, t, ()))?; // [B, T, H D]
         self.out.forward(&y, x, next, train)
     }
@@ -421,6 +440,7 @@ impl Block {
             kv_heads,
             head_size: d,
             fused,
+            flash: fused && config.flash_attention,
         };
         let down = output(mlp_out, i, config.mlp_bias)?;
         let mlp = Mlp { up, down, act: config.hidden_act, fused };

@@ -86,6 +86,11 @@ pub struct TransformerConfig {
     /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare
     /// with.
     pub fused: bool,
+    /// Whether attention is one fused op, [`attention()`](crate::attention()), whose memory grows with
+    /// the length of the sequence (the default), or materialises its scores around
+    /// [`softmax_dropout`](crate::softmax_dropout()). Both draw the same masks. On CUDA the fused op takes
+    /// heads of at most 256 columns, and halves from compute capability 8.0 on. Without `fused`, no effect.
+    pub flash_attention: bool,
 }
 
 impl TransformerConfig {
@@ -115,6 +120,7 @@ impl TransformerConfig {
             resid_pdrop: 0.1,
             drop_path_rate: 0.0,
             fused: true,
+            flash_attention: true,
         }
     }
 

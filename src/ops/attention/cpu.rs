@@ -8,7 +8,7 @@ use super::NAME;
 use super::config::{AttentionArgs, AttentionLayout, HeadStrides};
 use super::{GradLayout, Operands};
 use crate::elem::{Element, Real, for_float_dtype, storage};
-use crate::lanes::{lane_max, lane_sum};
+use crate::lanes::{lane_max, lane_sum, slice_sum};
 use crate::mask::{MaskArgs, NO_DRAWS, RUN};
 use crate::matmul::{Left, Product, Right, multiply, panel};
 use crate::parallel::{Scattered, map_tasks, scattered};
@@ -113,7 +113,7 @@ fn backward<E: Element>(
             delta
         },
     );
-    let saved = Saved { dout, lse: E::Real::slice(lse)?, delta: &delta.concat() };
+    let saved = Saved { dout, lse: E::Real::elements(lse)?, delta: &delta.concat() };
     let stripes = (TASKS / n_kv_heads).clamp(1, (args.keys as usize).div_ceil(KEYS));
     let q_len = n_kv_heads * heads.group * queries * cols;
     let kv_len = n_kv_heads * args.keys as usize * cols;
@@ -424,7 +424,7 @@ vectorized! {
             for (out, x) in out.iter_mut().zip(row) {
                 *out = x.load() * scale;
             }
-            spoiled += lane_sum(row.len(), |d| out[d] * E::Real::ZERO);
+            spoiled += slice_sum(&out[..row.len()], |x| x * E::Real::ZERO);
         }
         spoiled == E::Real::ZERO
     }
@@ -564,7 +564,7 @@ vectorized! {
             for t in seen.iter_mut() {
                 *t = (*t - max).exp_of_nonpositive();
             }
-            *sum += lane_sum(seen.len(), |j| seen[j]);
+            *sum += slice_sum(seen, |p| p);
             if !heads.drop.keeps_all() {
                 let (row, col) = (head.mask_row + query, tile.block + from);
                 let draws = heads.drop.draws(row, col, to - from, &mut buffer);
@@ -806,7 +806,7 @@ vectorized! {
                 continue;
             }
             let (seen, bend) = (&mut scores[begin..end], &mut bend[begin..end]);
-            logits(heads, head, query, tile.block + begin, seen, capped.then_some(bend));
+            logits(heads, head, query, tile.block + begin, seen, capped.then_some(&mut *bend));
             for t in seen.iter_mut() {
                 *t = (*t - *lse).exp_of_nonpositive();
             }
@@ -829,7 +829,7 @@ vectorized! {
                 }
             }
             if capped {
-                for (dp, bend) in dp[begin..end].iter_mut().zip(&bend[begin..end]) {
+                for (dp, bend) in dp[begin..end].iter_mut().zip(bend) {
                     *dp = *dp * *bend;
                 }
             }
