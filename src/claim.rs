@@ -57,6 +57,17 @@ impl<'a> Input<'a> {
         }
     }
 
+    /// The storage, and where the first element of the tensor lies in it.
+    pub(crate) fn cpu_start(&self, op: &str) -> Result<(&CpuStorage, usize)> {
+        self.cpu(op).map(|(storage, layout)| (storage, layout.start_offset()))
+    }
+
+    /// The storage, and where the first element of the tensor lies in it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda_start(&self, op: &str) -> Result<(&CudaStorage, usize)> {
+        self.cuda(op).map(|(storage, layout)| (storage, layout.start_offset()))
+    }
+
     #[cfg(feature = "cuda")]
     pub(crate) fn cuda(&self, op: &str) -> Result<(&CudaStorage, &Layout)> {
         match &*self.storage {

@@ -31,6 +31,7 @@ pub(crate) trait Real:
 {
     const ZERO: Self;
     const ONE: Self;
+    const INFINITY: Self;
     const NEG_INFINITY: Self;
     fn from_f32(x: f32) -> Self;
     fn from_f64(x: f64) -> Self;
@@ -39,6 +40,9 @@ pub(crate) trait Real:
     fn storage(elements: Vec<Self>) -> CpuStorage;
     fn to_f64(self) -> f64;
     fn ln(self) -> Self;
+    /// `self * a + b`, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    fn tanh(self) -> Self;
     fn recip(self) -> Self;
     fn sqrt(self) -> Self;
     /// `e^self` for `self <= 0`; within 2 units in the last place, and an exact 0 for -inf.
@@ -243,6 +247,7 @@ fn round_to_bf16(x: f32) -> bf16 {
 impl Real for f32 {
     const ZERO: Self = 0.;
     const ONE: Self = 1.;
+    const INFINITY: Self = f32::INFINITY;
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
@@ -265,6 +270,23 @@ impl Real for f32 {
     #[inline(always)]
     fn ln(self) -> Self {
         f32::ln(self)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f32::mul_add(self, a, b)
+    }
+    /// The Cephes polynomial near 0, where 1 minus an exponential would cancel.
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        let (x, x2) = (self.abs(), self * self);
+        let e = (-2. * x).exp_of_nonpositive();
+        let mut p = -5.704_988_6e-3f32;
+        for c in [2.063_908_6e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+            p = p * x2 + c;
+        }
+        let far = (1. - e) / (1. + e);
+        let far = if self < 0. { -far } else { far };
+        if x < 0.625 { p * x2 * self + self } else { far }
     }
     #[inline(always)]
     fn recip(self) -> Self {
@@ -333,6 +355,7 @@ impl Real for f32 {
 impl Real for f64 {
     const ZERO: Self = 0.;
     const ONE: Self = 1.;
+    const INFINITY: Self = f64::INFINITY;
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
@@ -355,6 +378,14 @@ impl Real for f64 {
     #[inline(always)]
     fn ln(self) -> Self {
         f64::ln(self)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f64::mul_add(self, a, b)
+    }
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        f64::tanh(self)
     }
     #[inline(always)]
     fn recip(self) -> Self {
@@ -395,6 +426,22 @@ mod tests {
             worst = worst.max((f64::from(x.exp_of_nonpositive()) - exact).abs() / ulp);
         }
         assert!(worst <= 2., "{worst} units in the last place");
+    }
+
+    #[test]
+    fn tanh_is_within_three_units_in_the_last_place() {
+        assert_eq!([0f32.tanh(), 90f32.tanh(), f32::NEG_INFINITY.tanh()], [0., 1., -1.]);
+        assert!(Real::tanh(f32::NAN).is_nan());
+        let mut worst = 0f64;
+        for i in -1_000_000..1_000_000 {
+            let x = 10. * (i as f32 / 1e6).powi(3);
+            let exact = f64::from(x).tanh();
+            let ulp = f64::from(f32::EPSILON) * 2f64.powi(exact.abs().log2().floor() as i32);
+            if x != 0. {
+                worst = worst.max((f64::from(Real::tanh(x)) - exact).abs() / ulp);
+            }
+        }
+        assert!(worst <= 3., "{worst} units in the last place");
     }
 
     #[test]

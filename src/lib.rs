@@ -2,11 +2,12 @@
 //! the very same masks, gradients that arrive, and no stored masks.
 //!
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
-//!   [`softmax_dropout`], [`drop_path_add`], [`drop_path_kept`]. Each takes a [`DropMask`], which says what is dropped.
-//!   [`rope()`] and [`cross_entropy()`] take none.
+//!   [`softmax_dropout`], [`attention()`], [`drop_path_add`], [`drop_path_kept`]. Each takes a
+//!   [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take none.
 //! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
 //!   [`MaskGenerator`], one key a call, and only in training.
-//! - A model: [`Gpt`], and [`seeded_var_builder`] for repeatable weights.
+//! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
+//!   weights, [`seeded_var_builder`] makes repeatable ones.
 //!
 //! # The mask law
 //! One pure function of a key and a coordinate decides what is dropped: the last dimension of a tensor
@@ -37,6 +38,7 @@ mod lanes;
 mod launch;
 mod layers;
 mod mask;
+mod matmul;
 pub mod ops;
 mod parallel;
 #[doc(hidden)]
@@ -53,11 +55,13 @@ pub use layers::{
 };
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
-    Activation, AttentionMask, CrossEntropyConfig, Norm, RopeStyle, StochasticDepth,
-    activation_dropout, cross_entropy, drop_path_add, drop_path_kept, dropout, dropout_add,
-    dropout_add_norm, rope, softmax_dropout,
+    Activation, AttentionConfig, AttentionMask, CrossEntropyConfig, Norm, RopeStyle,
+    StochasticDepth, activation_dropout, attention, attention_qkv, cross_entropy, drop_path_add,
+    drop_path_kept, dropout, dropout_add, dropout_add_norm, linear, rope, softmax_dropout,
 };
-pub use transformer::{GenerationConfig, Gpt, GptConfig};
+pub use transformer::{
+    Architecture, GenerationConfig, Transformer, TransformerConfig, pretrained_var_builder,
+};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]

@@ -86,6 +86,64 @@ pub(crate) unsafe fn filled_pair<E: Send>(
     (first, second)
 }
 
+/// `f(state, task)` for each task, in parallel if there are several; the results in the order of the
+/// tasks. A state serves many tasks, one after the other.
+pub(crate) fn map_tasks<S, R: Send>(
+    tasks: usize,
+    state: impl Fn() -> S + Sync + Send,
+    f: impl Fn(&mut S, usize) -> R + Sync + Send,
+) -> Vec<R> {
+    if tasks <= 1 {
+        return (0..tasks).map(|task| f(&mut state(), task)).collect();
+    }
+    (0..tasks).into_par_iter().with_max_len(1).map_init(state, f).collect()
+}
+
+/// Memory of which several tasks fill their own parts.
+pub(crate) struct Scattered<E> {
+    start: *mut MaybeUninit<E>,
+    len: usize,
+}
+
+// SAFETY: a shared reference gives access through `part` alone, whose caller rules out overlaps.
+unsafe impl<E: Send> Sync for Scattered<E> {}
+
+impl<E> Scattered<E> {
+    /// The `len` elements from `start` on.
+    ///
+    /// # Safety
+    /// No other part that is alive overlaps this one.
+    #[expect(clippy::mut_from_ref)]
+    pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [MaybeUninit<E>] {
+        assert!(start <= self.len && len <= self.len - start);
+        // SAFETY: within the allocation, which `scattered` keeps; the caller rules out overlaps.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+/// New vectors of the given lengths, filled by `f` in parts of any order, and what it returned.
+///
+/// # Safety
+/// `f` writes every element of each.
+pub(crate) unsafe fn scattered<E: Send, R, const N: usize>(
+    lens: [usize; N],
+    f: impl FnOnce(&[Scattered<E>; N]) -> R,
+) -> ([Vec<E>; N], R) {
+    let mut vectors = lens.map(Vec::with_capacity);
+    let parts = std::array::from_fn(|i| {
+        let spare = &mut vectors[i].spare_capacity_mut()[..lens[i]];
+        #[cfg(target_os = "linux")]
+        ask_for_huge_pages(spare);
+        Scattered { start: spare.as_mut_ptr(), len: lens[i] }
+    });
+    let result = f(&parts);
+    for (vector, len) in vectors.iter_mut().zip(lens) {
+        // SAFETY: `f` has written all of it.
+        unsafe { vector.set_len(len) };
+    }
+    (vectors, result)
+}
+
 /// A new vector with one entry for each of `rows` rows of `cols` elements, filled by `f(start, chunk)`
 /// over chunks of rows, in parallel if there are many elements.
 ///

@@ -63,7 +63,8 @@ pub(crate) enum InstructionSet {
     Baseline,
 }
 
-/// The widest instruction set of this CPU that [`vectorized!`] compiles for.
+/// The widest instruction set of this CPU that [`vectorized!`] and `matmul` compile for; both wider ones
+/// have fused multiply-adds.
 ///
 /// `CANDLE_DROPOUT_SIMD=avx2` or `=baseline` in the environment asks for a narrower one, so that the
 /// paths can be compared on one machine.
@@ -72,7 +73,9 @@ pub(crate) fn instruction_set() -> InstructionSet {
     static CHOICE: std::sync::OnceLock<InstructionSet> = std::sync::OnceLock::new();
     *CHOICE.get_or_init(|| {
         let limit = std::env::var("CANDLE_DROPOUT_SIMD").unwrap_or_default();
-        let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
+        let has_avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("fma");
         let has_avx512 = has_avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")

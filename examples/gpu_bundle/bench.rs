@@ -318,7 +318,8 @@ impl Bench {
             }
         }
         let (config, batch) = &size;
-        let dims = [*batch, config.n_positions, config.n_embd, config.n_layer];
+        let dims =
+            [*batch, config.max_position_embeddings, config.hidden_size, config.num_hidden_layers];
         for dtype in dtypes {
             let like = Tensor::zeros(1, DType::F32, &device)?;
             let products = MatrixProducts::new(config, *batch, dtype, &like)?;

@@ -5,12 +5,12 @@ use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_dropout::dropout;
+use candle_dropout::{Architecture, dropout};
 use serde::Serialize;
 
 use crate::common::{bits, random};
 use crate::runner::{DTYPES, OPS, Op, View, disagreements, mask, run as run_op};
-use crate::step::{Form, Step, check_agree, size};
+use crate::step::{Form, Step, check_agree, in_llama_style, size};
 use crate::{Common, results};
 
 /// What was checked, how often, and what failed.
@@ -244,23 +244,22 @@ fn same_bits_as_the_cpu(device: &Device, shapes: &[&[usize]], drop_ps: &[f32]) -
 fn transformer(device: &Device, small: bool) -> Group {
     let mut group =
         Group::new("the Transformer's loss and every gradient: fused, unfused, and on the CPU");
-    let mut size = size(small);
-    size.1 = 4;
-    for drop_p in [0., 0.1] {
+    let (gpt2, batch) = (size(small).0, 4);
+    let llama = in_llama_style(&gpt2);
+    for (config, drop_p) in [(&gpt2, 0.), (&gpt2, 0.1), (&llama, 0.), (&llama, 0.1)] {
+        let style = config.architecture;
+        let size = (config.clone(), batch);
         let new = |form, device: &Device| Step::new(form, &size, drop_p, DType::F32, device);
         let mut compare = |what: &str, ours: Form, other: Form, place: &Device| {
             group.check(|| {
                 let (ours, other) = (new(ours, device)?, new(other, place)?);
-                Ok(check_agree(what, &ours, &other, 2e-3)
-                    .err()
-                    .iter()
-                    .map(|e| e.to_string())
-                    .collect())
+                let agree = check_agree(&format!("{style:?} {what}"), &ours, &other, 2e-3);
+                Ok(agree.err().iter().map(|e| e.to_string()).collect())
             });
         };
         compare("fused against unfused", Form::Fused, Form::Unfused, device);
         compare("fused against the CPU", Form::Fused, Form::Fused, &Device::Cpu);
-        if drop_p == 0. {
+        if drop_p == 0. && style == Architecture::Gpt2 {
             compare("against candle's ops alone", Form::Fused, Form::Candle, device);
         }
     }

@@ -148,13 +148,20 @@ fn write_branches(md: &mut String, peaks: &[Peak]) -> Result<()> {
     Ok(())
 }
 
-fn markdown(config: &candle_dropout::GptConfig, batch: usize, peaks: &[Peak]) -> Result<String> {
+fn markdown(
+    config: &candle_dropout::TransformerConfig,
+    batch: usize,
+    peaks: &[Peak],
+) -> Result<String> {
     let mut md = format!(
         "A training step (AdamW, f32) of a GPT with {} layers, width {}, {} heads on {batch} x {} \
          tokens; MB of 10^6 bytes beyond weights, optimizer and batch. \"held\" is what the graph \
          keeps between forward and backward.\n\n\
          | drop p | step | peak MB | held MB | held beyond p = 0 |\n|---|---|---|---|---|\n",
-        config.n_layer, config.n_embd, config.n_head, config.n_positions
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.max_position_embeddings
     );
     for peak in peaks {
         let Peak { library, variant, drop_p, graph_bytes, step_bytes, .. } = peak;

@@ -69,7 +69,7 @@ impl RopeScaling {
         }
     }
 
-    fn validate(self) -> Result<()> {
+    pub(crate) fn validate(self) -> Result<()> {
         let factor = match self {
             Self::None => return Ok(()),
             Self::Linear { factor } | Self::Llama3 { factor, .. } => factor,

@@ -8,7 +8,13 @@ use crate::rows::RowMap;
 const MAX_COLS: u64 = 1 << 35;
 
 /// Draws held at a time: 1 KiB, which stays in the first-level cache beside its elements.
-const RUN: usize = 512;
+pub(crate) const RUN: usize = 512;
+
+/// Room for the draws of [`MaskArgs::draws`].
+pub(crate) type Draws = [u16; RUN + COLS_PER_FILL];
+
+/// What it holds at first.
+pub(crate) const NO_DRAWS: Draws = [0; RUN + COLS_PER_FILL];
 
 /// A [`DropMask`](super::DropMask) over a tensor of known shape: the one argument through which every
 /// kernel, CPU and CUDA, sees a mask. Twin of `struct MaskArgs` in `kernels/philox.cuh`.
@@ -74,7 +80,7 @@ impl MaskArgs {
     pub(crate) fn runs(&self, start: usize, len: usize, cols: usize) -> Runs<'_> {
         // An empty tensor may have no columns to divide by.
         let (row, col) = if len == 0 { (0, 0) } else { (start / cols, start % cols) };
-        Runs { mask: self, at: 0, len, row, col, cols, draws: [0; RUN + COLS_PER_FILL] }
+        Runs { mask: self, at: 0, len, row, col, cols, draws: NO_DRAWS }
     }
 
     /// Which of the `cols` columns of the first row are kept.
@@ -91,12 +97,12 @@ impl MaskArgs {
 
     /// The draws of `len <= RUN` columns from `col` on, in row `row` of the tensor.
     #[inline(always)]
-    fn draws<'a>(
+    pub(crate) fn draws<'a>(
         &self,
         row: usize,
         col: usize,
         len: usize,
-        buffer: &'a mut [u16; RUN + COLS_PER_FILL],
+        buffer: &'a mut Draws,
     ) -> &'a [u16] {
         if self.keeps_all() || self.drops_all() {
             return &buffer[..len]; // still all zeros, and any draw gives the same answer
@@ -146,7 +152,7 @@ pub(crate) struct Runs<'a> {
     row: usize,
     col: usize,
     cols: usize,
-    draws: [u16; RUN + COLS_PER_FILL],
+    draws: Draws,
 }
 
 impl Runs<'_> {

@@ -18,7 +18,7 @@ mod rate;
 
 use candle_core::{Device, Result, Shape, Tensor, bail};
 
-pub(crate) use args::MaskArgs;
+pub(crate) use args::{MaskArgs, NO_DRAWS, RUN};
 pub use generator::{MaskGenerator, MaskState};
 pub use key::MaskKey;
 pub use rate::Rate;

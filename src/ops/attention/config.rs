@@ -79,6 +79,14 @@ pub(crate) struct HeadStrides {
     pub(crate) row: u64,
 }
 
+impl HeadStrides {
+    /// Where row `(batch, head, row)` begins.
+    #[inline(always)]
+    pub(crate) fn at(&self, batch: usize, head: usize, row: usize) -> usize {
+        batch * self.batch as usize + head * self.head as usize + row * self.row as usize
+    }
+}
+
 /// The strides of the four tensors of a pass: q, k, v, o, or their gradients. Twin of `struct
 /// AttentionLayout` in `kernels/attention.cuh`.
 #[repr(C)]
