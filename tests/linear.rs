@@ -6,6 +6,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_dropout::linear;
 use common::{bits, random};
 
+type Forward = dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>;
+
 /// `y` and the gradients of all arguments, given dy.
 fn results(
     forward: impl Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>,
@@ -76,7 +78,7 @@ fn transposed_weights_and_strided_inputs_need_no_copy_by_the_caller() -> Result<
     let x = Var::from_tensor(&random(&[6, 4, 3], DType::F64, 1)?)?;
     let weight = Var::from_tensor(&random(&[5, 6], DType::F64, 2)?)?;
     let dy = random(&[3, 4, 5], DType::F64, 3)?;
-    let run = |forward: &dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>| {
+    let run = |forward: &Forward| {
         let y = forward(&x.transpose(0, 2)?, &weight.t()?, None)?;
         let grads = (&y * &dy)?.backward()?;
         let of = |var: &Var| grads.get(var).expect("a gradient").contiguous();
