@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_dropout::{Architecture, dropout};
+use candle_dropout::{Architecture, AttentionConfig, dropout};
 use serde::Serialize;
 
 use crate::attention_runner::{self as attention, configs, sizes};
