@@ -1,4 +1,8 @@
-// What every attention kernel is given, and which keys a query sees. Twin of src/ops/attention/config.rs.
+// What every attention kernel is given: which keys a query sees, what becomes of a score, what is dropped.
+// Twin of src/ops/attention/config.rs.
+//
+// Kernels compute in base 2, where an exponential is one instruction: a logit is t * log2(e), and
+// P = 2^(logit - lse * log2(e)). The lse that forward leaves for backward is a natural logarithm.
 #pragma once
 
 #include "elem.cuh"
@@ -32,6 +36,28 @@ struct AttentionArgs {
         if (right == UNBOUNDED || end > length) return length;
         return end < 0 ? 0 : uint32_t(end);
     }
+
+    // Both limits only grow with the query. So queries i .. j see nothing outside of visible_begin(i) ..
+    // visible_end(j), and all of them see what lies in visible_begin(j) .. visible_end(i).
+
+    // The first query that sees `key`, or would see it in a sample long enough; `queries` if there is none.
+    __device__ __forceinline__ uint32_t seeing_begin(uint32_t key) const {
+        const int64_t begin = int64_t(key) + queries - keys - right;
+        if (right == UNBOUNDED || begin < 0) return 0;
+        return begin > queries ? queries : uint32_t(begin);
+    }
+
+    // The query behind the last one that sees `key`, likewise; 0 if there is none.
+    __device__ __forceinline__ uint32_t seeing_end(uint32_t key) const {
+        const int64_t end = int64_t(key) + queries - keys + left + 1;
+        if (left == UNBOUNDED || end > queries) return queries;
+        return end < 0 ? 0 : uint32_t(end);
+    }
+
+    // Keys of a sample that are no padding; `key_lengths` may be null.
+    __device__ __forceinline__ uint32_t length(const uint32_t* key_lengths, uint32_t batch) const {
+        return key_lengths ? min(key_lengths[batch], keys) : keys;
+    }
 };
 static_assert(sizeof(AttentionArgs) == 48 && offsetof(AttentionArgs, softcap) == 8 &&
                   offsetof(AttentionArgs, batches) == 16 && offsetof(AttentionArgs, heads) == 20 &&
@@ -47,6 +73,12 @@ struct HeadStrides {
     uint64_t row;
 };
 
+// True if every row begins at a 16-byte boundary.
+template <typename T>
+__device__ __forceinline__ bool rows_are_aligned(const T* tensor, const HeadStrides& strides) {
+    return (strides.batch | strides.head | strides.row) % (16 / sizeof(T)) == 0 && is_aligned(tensor);
+}
+
 // Of q, k, v, o, or of their gradients.
 struct AttentionLayout {
     HeadStrides q;
@@ -58,3 +90,52 @@ static_assert(sizeof(AttentionLayout) == 96 && offsetof(HeadStrides, head) == 8 
                   offsetof(HeadStrides, row) == 16 && offsetof(AttentionLayout, k) == 24 &&
                   offsetof(AttentionLayout, v) == 48 && offsetof(AttentionLayout, o) == 72,
               "as src/ops/attention/config.rs lays it out");
+
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float LN_2 = 0.693147180559945309f;
+
+// Halves round to 8 or 11 bits: an absolute error of 2^-23 is enough for them, and half the instructions.
+template <typename T>
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
+    return sizeof(T) == 2 ? 1.f - __fdividef(2.f, 1.f + __expf(2.f * x)) : tanhf(x);
+}
+
+// What becomes of the scores of one head.
+struct Logits {
+    float scale;    // makes logits of q·k; with a softcap, what its tanh is taken of
+    float softcap;  // in base 2; 0 for none
+    float slope;    // in base 2; 0 for none
+
+    // `alibi_slopes` may be null.
+    __device__ __forceinline__ Logits(const AttentionArgs& args, const float* alibi_slopes, uint32_t head)
+        : scale(float(args.softcap == 0. ? args.scale * LOG2_E_F64 : args.scale / args.softcap)),
+          softcap(float(args.softcap * LOG2_E_F64)),
+          slope(alibi_slopes ? alibi_slopes[head] * LOG2_E : 0.f) {}
+
+    // Steps 1 and 2: scale and softcap.
+    template <typename T>
+    __device__ __forceinline__ float capped(float dot) const {
+        const float x = dot * scale;
+        return softcap == 0.f ? x : softcap * hyperbolic_tangent<T>(x);
+    }
+
+    // Step 3: the penalty on the distance of a key from the one that is the query's own, which is
+    // i + keys - queries.
+    __device__ __forceinline__ float biased(float capped, uint32_t own_key, uint32_t key) const {
+        return capped - slope * fabsf(float(int(own_key - key)));
+    }
+
+    // The slope of the softcap, where it gave `capped`.
+    __device__ __forceinline__ float slope_of_cap(float capped) const {
+        const float tanh = softcap == 0.f ? 0.f : capped / softcap;
+        return 1.f - tanh * tanh;
+    }
+
+    static constexpr double LOG2_E_F64 = 1.44269504088896341;
+};
+
+// The draws of the keys `key` .. `key` + 8, a multiple of 8; `mask_row` comes from drop.rows.map(row) with
+// row = (batch * heads + head) * queries + query.
+__device__ __forceinline__ Draws draw_keys(const MaskArgs& drop, uint64_t mask_row, uint32_t key) {
+    return draw_unaligned(drop, mask_row, key);  // one call wherever the window begins at a multiple of 8
+}

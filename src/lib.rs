@@ -3,7 +3,7 @@
 //!
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
 //!   [`softmax_dropout`], [`attention()`], [`drop_path_add`], [`drop_path_kept`]. Each takes a
-//!   [`DropMask`], which says what is dropped. [`rope()`] and [`cross_entropy()`] take none.
+//!   [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take none.
 //! - Layers: [`Dropout`], [`DropPath`], [`MultiHeadAttention`], [`LayerNorm`], [`RmsNorm`]. They draw
 //!   masks from a [`MaskGenerator`], one key a call, and only in training.
 //! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
@@ -57,7 +57,7 @@ pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
     Activation, AttentionConfig, AttentionMask, CrossEntropyConfig, Norm, RopeStyle,
     StochasticDepth, activation_dropout, attention, attention_qkv, cross_entropy, drop_path_add,
-    drop_path_kept, dropout, dropout_add, dropout_add_norm, rope, softmax_dropout,
+    drop_path_kept, dropout, dropout_add, dropout_add_norm, linear, rope, softmax_dropout,
 };
 pub use transformer::{
     Architecture, GenerationConfig, Transformer, TransformerConfig, pretrained_var_builder,

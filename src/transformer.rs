@@ -23,7 +23,7 @@ use crate::layers::{DropPath, Dropout, Rope, RopeConfig};
 use crate::mask::{DropMask, MaskGenerator};
 use crate::ops::{
     Activation, AttentionConfig, AttentionMask, Norm, RopeStyle, activation_dropout, attention,
-    attention_qkv, drop_path_add, dropout, dropout_add_norm, softmax_dropout,
+    attention_qkv, drop_path_add, dropout, dropout_add_norm, linear, softmax_dropout,
 };
 
 pub use checkpoint::pretrained_var_builder;
@@ -70,6 +70,7 @@ impl BranchNorm {
 struct Projection {
     weight: Tensor,
     bias: Option<Tensor>,
+    fused: bool,
 }
 
 impl Projection {
@@ -85,7 +86,7 @@ impl Projection {
             Architecture::Llama => vb.get_with_hints((outputs, inputs), "weight", init)?.t()?,
         };
         let bias = has_bias.then(|| vb.get_with_hints(outputs, "bias", Init::Const(0.0)));
-        Ok(Self { weight, bias: bias.transpose()? })
+        Ok(Self { weight, bias: bias.transpose()?, fused: config.fused })
     }
 
     /// One projection that gives the outputs of all, in this order.
@@ -93,11 +94,15 @@ impl Projection {
         let weights: Vec<&Tensor> = parts.iter().map(|part| &part.weight).collect();
         let biases: Option<Vec<&Tensor>> = parts.iter().map(|part| part.bias.as_ref()).collect();
         let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
-        Ok(Self { weight: Tensor::cat(&weights, 1)?, bias })
+        let fused = parts.iter().all(|part| part.fused);
+        Ok(Self { weight: Tensor::cat(&weights, 1)?, bias, fused })
     }
 
     /// `x W`, `[B, T, in] -> [B, T, out]`, as one matrix product over all tokens.
     fn matmul(&self, x: &Tensor) -> Result<Tensor> {
+        if self.fused {
+            return linear(x, &self.weight, None);
+        }
         let (b, t, c) = x.dims3()?;
         x.reshape((b * t, c))?.matmul(&self.weight)?.reshape((b, t, ()))
     }
@@ -110,6 +115,9 @@ impl Projection {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.fused {
+            return linear(x, &self.weight, self.bias.as_ref());
+        }
         self.add_bias(self.matmul(x)?)
     }
 }
@@ -684,6 +692,9 @@ impl Transformer {
 
     /// `[B, T, C] -> [B, T, V]`.
     fn logits(&self, n: &Tensor) -> Result<Tensor> {
+        if self.norm.fused {
+            return linear(n, &self.head.t()?, None);
+        }
         let (b, t, c) = n.dims3()?;
         n.reshape((b * t, c))?.matmul(&self.head.t()?)?.reshape((b, t, ()))
     }

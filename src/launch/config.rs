@@ -13,18 +13,24 @@ const THREADS: usize = 256;
 /// multiprocessor several times over, so that blocks that end early are replaced.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 32;
 
-/// What a kernel is launched with. No kernel uses dynamic shared memory.
+/// What a kernel is launched with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Launch {
     pub(crate) grid: [u32; 3],
     pub(crate) block: [u32; 3],
+    /// Dynamic shared memory of a block, beside what the kernel declares.
+    pub(crate) shared_bytes: u32,
 }
 
 impl Launch {
     /// Blocks of `lanes` x `teams` threads; enough of them for `tasks` teams, up to the limit.
     fn teams(lanes: usize, teams: usize, tasks: usize, multiprocessors: usize) -> Self {
         let blocks = tasks.div_ceil(teams).clamp(1, multiprocessors * BLOCKS_PER_MULTIPROCESSOR);
-        Self { grid: [blocks as u32, 1, 1], block: [lanes as u32, teams as u32, 1] }
+        Self {
+            grid: [blocks as u32, 1, 1],
+            block: [lanes as u32, teams as u32, 1],
+            shared_bytes: 0,
+        }
     }
 }
 
@@ -69,7 +75,7 @@ pub(crate) fn cross_entropy(rows: usize, classes: usize, multiprocessors: usize)
 
 /// The second kernel of the cross entropy: one block adds up the losses of all rows.
 pub(crate) fn cross_entropy_total() -> Launch {
-    Launch { grid: [1; 3], block: [THREADS as u32, 1, 1] }
+    Launch { grid: [1; 3], block: [THREADS as u32, 1, 1], shared_bytes: 0 }
 }
 
 /// Norm kernels, forward: as softmax.
@@ -82,13 +88,13 @@ pub(crate) fn norm_bwd(rows: usize, cols: usize, multiprocessors: usize) -> Laun
     let (lanes, teams) = team_of_row(cols);
     let resident = multiprocessors * (THREADS / (lanes * teams));
     let blocks = rows.div_ceil(teams).clamp(1, resident);
-    Launch { grid: [blocks as u32, 1, 1], block: [lanes as u32, teams as u32, 1] }
+    Launch { grid: [blocks as u32, 1, 1], block: [lanes as u32, teams as u32, 1], shared_bytes: 0 }
 }
 
 /// The second kernel of [`norm_bwd`]: blocks of 32 columns x 8 threads that share a column, the first row
 /// of the grid for the weight, the second for the bias.
 pub(crate) fn norm_totals(cols: usize) -> Launch {
-    Launch { grid: [cols.div_ceil(32).max(1) as u32, 2, 1], block: [32, 8, 1] }
+    Launch { grid: [cols.div_ceil(32).max(1) as u32, 2, 1], block: [32, 8, 1], shared_bytes: 0 }
 }
 
 /// Lanes of the team that holds a row of `cols` columns in registers, if any does, and teams of a block.
@@ -106,13 +112,98 @@ pub(crate) fn column_sums(rows: usize, cols: usize, multiprocessors: usize) -> L
     let column_blocks = cols.div_ceil(32 * WIDTH).max(1);
     let wanted = (multiprocessors * BLOCKS_PER_MULTIPROCESSOR).div_ceil(column_blocks);
     let chunks = rows.div_ceil(TEAMS * ROWS_PER_THREAD).clamp(1, wanted);
-    Launch { grid: [column_blocks as u32, chunks as u32, 1], block: [32, TEAMS as u32, 1] }
+    Launch {
+        grid: [column_blocks as u32, chunks as u32, 1],
+        block: [32, TEAMS as u32, 1],
+        shared_bytes: 0,
+    }
 }
 
 /// The second kernel of the column sums: a thread a column.
 pub(crate) fn column_totals(cols: usize, multiprocessors: usize) -> Launch {
     let blocks = cols.div_ceil(THREADS).clamp(1, multiprocessors * BLOCKS_PER_MULTIPROCESSOR);
-    Launch { grid: [blocks as u32, 1, 1], block: [THREADS as u32, 1, 1] }
+    Launch { grid: [blocks as u32, 1, 1], block: [THREADS as u32, 1, 1], shared_bytes: 0 }
+}
+
+/// The kernels of attention that walk over tiles of scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AttentionPass {
+    Fwd,
+    BwdDq,
+    BwdDkdv,
+}
+
+impl AttentionPass {
+    /// As the `.cu` files name it.
+    pub(crate) fn kernel(self) -> &'static str {
+        match self {
+            Self::Fwd => "attention_fwd",
+            Self::BwdDq => "attention_bwd_dq",
+            Self::BwdDkdv => "attention_bwd_dkdv",
+        }
+    }
+}
+
+/// Head sizes that `kernels/attention_f32.cu` has instances for; others take the next one.
+pub(crate) const ATTENTION_F32_HEAD_SIZES: [usize; 3] = [64, 128, 256];
+
+/// `kernels/attention_f32.cu`: a block takes 64 of the `rows` of one of `heads` heads, all samples counted;
+/// for dk and dv those of the keys and their heads. `head_size` is that of the instance.
+pub(crate) fn attention_f32(
+    pass: AttentionPass,
+    head_size: usize,
+    heads: usize,
+    rows: usize,
+) -> Launch {
+    /// `TILE_ROWS` of the kernels.
+    const TILE_ROWS: usize = 64;
+    // 64 rows x 8 threads that share one, each with as many rows as leave room for its results.
+    let rows_of_thread = match (pass, head_size) {
+        (_, ..=64) | (AttentionPass::Fwd | AttentionPass::BwdDq, ..=128) => 4,
+        _ => 2,
+    };
+    let blocks = heads.saturating_mul(rows.div_ceil(TILE_ROWS));
+    Launch {
+        grid: [u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1],
+        block: [(TILE_ROWS * 8 / rows_of_thread) as u32, 1, 1],
+        shared_bytes: 0,
+    }
+}
+
+/// Head sizes that `kernels/attention.cu` has instances for; others take the next one.
+pub(crate) const ATTENTION_HALF_HEAD_SIZES: [usize; 5] = [32, 64, 96, 128, 256];
+
+/// `kernels/attention.cu`, f16 and bf16; arguments as of [`attention_f32`]. Above 48 KiB of shared memory,
+/// at most 96 KiB, a kernel has to be allowed it.
+pub(crate) fn attention_half(
+    pass: AttentionPass,
+    head_size: usize,
+    heads: usize,
+    rows: usize,
+) -> Launch {
+    const THREADS: usize = 128;
+    // The shapes of the kernels: rows of a block; rows of tiles in shared memory; beside them halves.
+    let (block_rows, tile_rows, scores) = match (pass, head_size) {
+        (AttentionPass::Fwd, ..=64) => (128, 128 + 4 * 64, 0),
+        (AttentionPass::Fwd, ..=128) => (128, 128 + 4 * 32, 0),
+        (AttentionPass::Fwd, _) => (64, 64 + 4 * 32, 0),
+        (AttentionPass::BwdDq, ..=128) => (128, 2 * 128 + 4 * 32, 0),
+        (AttentionPass::BwdDq, _) => (64, 2 * 64 + 2 * 32, 0),
+        (AttentionPass::BwdDkdv, ..=128) => (64, 2 * 64 + 3 * 64, 2 * 64 * 64),
+        (AttentionPass::BwdDkdv, _) => (32, 2 * 32 + 3 * 32, 2 * 32 * 32),
+    };
+    let blocks = heads.saturating_mul(rows.div_ceil(block_rows));
+    Launch {
+        grid: [u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: (2 * (tile_rows * head_size + scores)) as u32,
+    }
+}
+
+/// Row sums of attention's backward: teams of lanes that share a row, up to 32.
+pub(crate) fn attention_delta(rows: usize, head_size: usize, multiprocessors: usize) -> Launch {
+    let lanes = head_size.div_ceil(WIDTH).next_power_of_two().clamp(1, 32);
+    Launch::teams(lanes, THREADS / lanes, rows, multiprocessors)
 }
 
 #[cfg(test)]
@@ -140,6 +231,7 @@ mod tests {
                 cross_entropy_total(),
                 column_sums(7, cols, MULTIPROCESSORS),
                 column_totals(cols, MULTIPROCESSORS),
+                attention_delta(7, cols, MULTIPROCESSORS),
             ] {
                 let threads = threads(launch);
                 assert!(threads <= 256 && threads.is_multiple_of(32), "{cols} columns: {launch:?}");
@@ -157,11 +249,29 @@ mod tests {
                     norm_bwd(rows, cols, MULTIPROCESSORS),
                     rope(3, 5, rows, cols, MULTIPROCESSORS),
                     column_sums(rows, cols, MULTIPROCESSORS),
+                    attention_delta(rows, cols, MULTIPROCESSORS),
                 ] {
                     let [x, y, z] = launch.grid;
                     assert!((1..=i32::MAX as u32).contains(&x), "{rows} x {cols}: {launch:?}");
                     assert!((1..=65_535).contains(&y) && z == 1, "{rows} x {cols}: {launch:?}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn attention_has_a_block_for_each_tile_of_each_head() {
+        for (pass, head_size, threads) in [
+            (AttentionPass::Fwd, 64, 128),
+            (AttentionPass::BwdDq, 128, 128),
+            (AttentionPass::BwdDkdv, 64, 128),
+            (AttentionPass::BwdDkdv, 128, 256),
+            (AttentionPass::Fwd, 256, 256),
+        ] {
+            for (rows, tiles) in [(1, 1), (64, 1), (65, 2), (16_384, 256)] {
+                let launch = attention_f32(pass, head_size, 12, rows);
+                assert_eq!(launch.grid, [12 * tiles, 1, 1]);
+                assert_eq!(launch.block, [threads, 1, 1]);
             }
         }
     }

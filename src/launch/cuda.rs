@@ -1,15 +1,19 @@
 //! What the `cuda.rs` of an op needs to launch its kernels: argument types, functions, outputs.
 
-use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUdevice_attribute, CUfunction_attribute_enum,
+};
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::cuda_backend::{CudaDType, CudaFunc, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
 
 use super::config::Launch;
 use crate::mask::MaskArgs;
-use crate::ops::{CrossEntropyArgs, RopeArgs, ScoreArgs};
+use crate::ops::{
+    AttentionArgs, AttentionLayout, CrossEntropyArgs, HeadStrides, RopeArgs, ScoreArgs,
+};
 
 /// The PTX of each `kernels/<op>.cu`.
 pub(crate) mod ptx {
@@ -24,6 +28,12 @@ unsafe impl DeviceRepr for ScoreArgs {}
 unsafe impl DeviceRepr for RopeArgs {}
 // SAFETY: as above, for `struct CrossEntropyArgs`.
 unsafe impl DeviceRepr for CrossEntropyArgs {}
+// SAFETY: as above, for `struct AttentionArgs`.
+unsafe impl DeviceRepr for AttentionArgs {}
+// SAFETY: as above, for `struct AttentionLayout`.
+unsafe impl DeviceRepr for AttentionLayout {}
+// SAFETY: as above, for `struct HeadStrides`.
+unsafe impl DeviceRepr for HeadStrides {}
 
 /// Runs `$body` with `$T` bound to the element type of a storage on CUDA.
 macro_rules! for_cuda_dtype {
@@ -99,6 +109,38 @@ pub(crate) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
     Ok(device.cuda_stream().context().attribute(attribute).w()? as usize)
 }
 
+/// True if the multiprocessors are of this compute capability or a later one.
+pub(crate) fn has_capability(device: &CudaDevice, at_least: (i32, i32)) -> Result<bool> {
+    Ok(device.cuda_stream().context().compute_capability().w()? >= at_least)
+}
+
+/// A kernel that may use as much dynamic shared memory as its launch gives it.
+pub(crate) fn load_with_shared_memory(
+    op: &str,
+    device: &CudaDevice,
+    name: &str,
+    (module, ptx): (&str, &str),
+    launch: Launch,
+) -> Result<CudaFunc> {
+    /// What every kernel may use without asking.
+    const DEFAULT_BYTES: u32 = 48 << 10;
+    let kernel = device.get_or_load_custom_func(name, module, ptx)?;
+    if launch.shared_bytes > DEFAULT_BYTES {
+        let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let limit = device.cuda_stream().context().attribute(limit).w()?;
+        let wanted = launch.shared_bytes as i32;
+        if wanted > limit {
+            bail!(
+                "{op}: q: expected a GPU with {wanted} bytes of shared memory a block for {name}, got \
+                 {limit}; use f32 or a smaller head size (last dimension)"
+            )
+        }
+        let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        kernel.set_attribute(attribute, wanted).w()?;
+    }
+    Ok(kernel)
+}
+
 /// `len` elements that nobody has written yet.
 ///
 /// # Safety
@@ -118,7 +160,8 @@ pub(crate) unsafe fn output<T: DeviceRepr>(
 /// sizes say.
 pub(crate) unsafe fn launch(mut args: LaunchArgs<'_>, launch: Launch) -> Result<()> {
     let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x, y, z));
-    let config = LaunchConfig { grid_dim: grid, block_dim: block, shared_mem_bytes: 0 };
+    let shared_mem_bytes = launch.shared_bytes;
+    let config = LaunchConfig { grid_dim: grid, block_dim: block, shared_mem_bytes };
     // SAFETY: the caller's.
     unsafe { args.launch(config) }.w()?;
     Ok(())

@@ -8,6 +8,7 @@ mod drop_path_kept;
 mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
+mod linear;
 mod rope;
 mod softmax_dropout;
 
@@ -23,6 +24,7 @@ pub use drop_path_kept::drop_path_kept;
 pub use dropout::dropout;
 pub use dropout_add::dropout_add;
 pub use dropout_add_norm::{Norm, dropout_add_norm, layer_norm, rms_norm};
+pub use linear::linear;
 #[cfg(feature = "cuda")]
 pub(crate) use rope::RopeArgs;
 pub use rope::{RopeStyle, rope};

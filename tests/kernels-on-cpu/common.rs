@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_dropout::{DropMask, MaskKey, Rate};
 
+use crate::attention_args::{AttentionArgs, AttentionLayout, HeadStrides};
 use crate::cross_entropy_args::CrossEntropyArgs;
 use crate::harness::{Case, Plain};
 use crate::launch::Launch;
@@ -67,8 +68,8 @@ pub fn case<T: Element>(name: &str, launch: Launch) -> Case {
 }
 
 /// The kernel of this very name.
-pub fn case_named(name: &str, Launch { grid, block }: Launch) -> Case {
-    Case::new(name, grid, block, 0)
+pub fn case_named(name: &str, Launch { grid, block, shared_bytes }: Launch) -> Case {
+    Case::new(name, grid, block, shared_bytes)
 }
 
 /// Values between -2 and 2, always the same for a seed.
@@ -152,6 +153,12 @@ unsafe impl Struct for ScoreArgs {}
 unsafe impl Struct for RopeArgs {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/cross_entropy/args.rs`.
 unsafe impl Struct for CrossEntropyArgs {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/attention/config.rs`.
+unsafe impl Struct for AttentionArgs {}
+// SAFETY: as above.
+unsafe impl Struct for AttentionLayout {}
+// SAFETY: as above.
+unsafe impl Struct for HeadStrides {}
 
 /// The bytes that a launch copies.
 pub fn struct_bytes<T: Struct>(value: &T) -> &[u8] {
@@ -162,6 +169,14 @@ pub fn struct_bytes<T: Struct>(value: &T) -> &[u8] {
 impl Case {
     /// A buffer that may be absent: a null pointer then.
     pub fn optional<T: Element>(self, elements: &Option<Vec<T>>) -> Self {
+        match elements {
+            Some(elements) => self.input(elements),
+            None => self.null(),
+        }
+    }
+
+    /// The same for numbers of no dtype that tensors compute in.
+    pub fn optional_numbers<T: Plain>(self, elements: &Option<Vec<T>>) -> Self {
         match elements {
             Some(elements) => self.input(elements),
             None => self.null(),

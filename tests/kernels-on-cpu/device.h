@@ -191,3 +191,5 @@ template <class T> T atomicMax(T *address, T value) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+
+#include "mma.h"

@@ -72,7 +72,8 @@ pub enum Order {
     },
 }
 
-const EVERY_ORDER: &[Order] = &[Order::Forward, Order::Reverse, Order::Shuffled { seed: 1 }];
+/// What cases run in unless they say otherwise.
+pub const EVERY_ORDER: &[Order] = &[Order::Forward, Order::Reverse, Order::Shuffled { seed: 1 }];
 
 /// One launch of one kernel. Arguments are given in the order of the kernel's parameters.
 pub struct Case {

@@ -14,6 +14,8 @@
 //   - a warp collective completes when every lane of its mask has reached it; to name a lane that
 //     does not exist, has returned or waits elsewhere is an error, and so is to read a lane outside
 //     the mask;
+//   - what an asynchronous copy writes is poison from its start to the wait of the thread that started
+//     it, so nobody may still read what was there before, nor read the new too early;
 //   - what would hang a GPU ends here, with the place where each thread waits.
 //
 // One kindness remains: a warp collective orders the memory accesses around it. A `__syncwarp` that
@@ -53,7 +55,8 @@ struct Site {
   const char *file = nullptr;
   int line = 0;
   bool operator==(const Site &other) const {
-    return line == other.line && !strcmp(call, other.call) && !strcmp(file, other.file);
+    const auto same = [](const char *a, const char *b) { return a == b || !strcmp(a, b); };
+    return line == other.line && same(call, other.call) && same(file, other.file);
   }
 };
 
@@ -68,6 +71,14 @@ struct Thread {
   unsigned mask, source;
   uint64_t offered, received;
   unsigned ballot;
+  // Asynchronous copies under way, oldest first, and how many groups of them the thread has closed.
+  struct Copy {
+    void *to;
+    char bytes[16];
+    unsigned group;
+  };
+  std::vector<Copy> copies;
+  unsigned groups;
 };
 
 // The order of the threads of a block, and of the blocks of a grid. When shuffled it is another one
@@ -91,6 +102,7 @@ inline fiber::Fiber scheduler;
 inline std::function<void()> kernel_body;
 inline const char *kernel_name = "";
 inline uint32_t waiting_lanes[max_block_threads / warpSize]; // of each warp, those at a collective
+inline uint32_t running_lanes[max_block_threads / warpSize]; // and those that have not returned
 
 // The threads of the block in their order, the place of each, and which places are ready to run.
 inline std::vector<unsigned> line;
@@ -165,6 +177,7 @@ inline void thread_main() {
   for (;;) {
     kernel_body();
     current->state = State::returned;
+    running_lanes[thread_id() / warpSize] &= ~(1u << lane_id());
     fiber::switch_to(current->fiber, scheduler);
   }
 }
@@ -179,7 +192,10 @@ inline void resume(Thread &thread) {
 
 // ---- Warps --------------------------------------------------------------------------------------
 
-inline void complete(Thread *warp, unsigned mask) {
+// What a warp does together, on what its lanes have offered.
+using Work = void (*)(Thread *warp);
+
+inline void complete(Thread *warp, unsigned mask, Work work) {
   unsigned ballot = 0;
   for (unsigned lane = 0; lane < warpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
@@ -189,6 +205,7 @@ inline void complete(Thread *warp, unsigned mask) {
     }
     ballot |= static_cast<unsigned>(warp[lane].offered != 0) << lane;
   }
+  if (work) work(warp);
   for (unsigned lane = 0; lane < warpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
     warp[lane].received = warp[warp[lane].source].offered;
@@ -202,15 +219,16 @@ inline void complete(Thread *warp, unsigned mask) {
 }
 
 // Every warp collective: each lane of `mask` offers a value and receives that of lane `source`,
-// together with the ballot of the values that are not zero.
-inline const Thread &meet(Site site, unsigned mask, uint64_t offered, unsigned source) {
+// together with the ballot of the values that are not zero. `work` is done when the last has come.
+inline const Thread &meet(Site site, unsigned mask, uint64_t offered, unsigned source, Work work = nullptr) {
   const unsigned lane = lane_id(), first = thread_id() - lane;
   if (!(mask >> lane & 1)) fail("%s at %s:%d: lane %u is not in its own mask %08x", site.call, site.file, site.line, lane, mask);
   if (!(mask >> source & 1)) fail("%s at %s:%d reads lane %u, which is not in the mask %08x", site.call, site.file, site.line, source, mask);
-  for (unsigned other = 0; other < warpSize; ++other)
-    if ((mask >> other & 1) && (first + other >= block_size || threads[first + other].state == State::returned))
-      fail("%s at %s:%d: inactive lane %u is in the mask %08x; it %s", site.call, site.file, site.line, other, mask,
-           first + other >= block_size ? "does not exist" : "has returned");
+  if (const unsigned inactive = mask & ~running_lanes[first / warpSize]) {
+    const unsigned other = __builtin_ctz(inactive);
+    fail("%s at %s:%d: inactive lane %u is in the mask %08x; it %s", site.call, site.file, site.line, other, mask,
+         first + other >= block_size ? "does not exist" : "has returned");
+  }
 
   Thread &self = *current;
   self.state = State::at_collective;
@@ -222,7 +240,7 @@ inline const Thread &meet(Site site, unsigned mask, uint64_t offered, unsigned s
   waiting |= 1u << lane;
   if ((waiting & mask) == mask) {
     waiting &= ~mask;
-    complete(&threads[first], mask);
+    complete(&threads[first], mask, work);
   } else {
     fiber::switch_to(self.fiber, scheduler);
   }
@@ -266,6 +284,16 @@ inline void poison_shared_memory() {
   memset(dynamic_shared_memory.get(), poison, dynamic_shared_bytes);
 }
 
+inline bool is_shared(const void *address, size_t bytes) {
+  const auto lies_in = [=](const void *begin, size_t size) {
+    const uintptr_t offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(begin);
+    return offset < size && bytes <= size - offset;
+  };
+  for (const Range &variable : shared_variables)
+    if (lies_in(variable.begin, variable.bytes)) return true;
+  return lies_in(dynamic_shared_memory.get(), dynamic_shared_bytes);
+}
+
 // ---- Blocks and grids ---------------------------------------------------------------------------
 
 inline void barrier(Site site) {
@@ -295,8 +323,12 @@ inline bool all_at_barrier() {
 inline void run_block(const Order &order, std::mt19937 &random) {
   poison_shared_memory();
   set_line(order.line_up(block_size, random));
+  memset(running_lanes, 0, sizeof running_lanes);
   for (unsigned i = 0; i < block_size; ++i) {
+    running_lanes[i / warpSize] |= 1u << i % warpSize;
     threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    threads[i].copies.clear();
+    threads[i].groups = 0;
     make_ready(threads[i]);
   }
   for (;;) {

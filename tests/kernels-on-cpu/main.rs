@@ -6,6 +6,12 @@
 //! the very structs that `src/` passes by value.
 
 mod activation_dropout;
+mod attention;
+#[path = "../../src/ops/attention/config.rs"]
+#[allow(dead_code)]
+mod attention_args;
+mod attention_delta;
+mod attention_f32;
 mod common;
 mod cross_entropy;
 #[path = "../../src/ops/cross_entropy/args.rs"]

@@ -3,6 +3,8 @@
 #include <cuda_fp16.h>
 #include <cstdint>
 
+#include "kernels/mma.cuh"
+
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // ---- Block reduction: every block sums its part of x -----------------------------------------------
@@ -199,3 +201,90 @@ extern "C" __global__ void f16_to_f32(const __half* x, float* y, int n) {
 extern "C" __global__ void bf16_to_f32(const __nv_bfloat16* x, float* y, int n) {
     convert_all(x, y, n, [](__nv_bfloat16 v) { return __bfloat162float(v); });
 }
+
+// ---- Tensor cores and asynchronous copies --------------------------------------------------------------
+
+// Every lane writes the four registers that it gets from 32 rows of 8 elements.
+template <bool TRANS>
+__device__ void load_matrices(const uint16_t* rows, uint32_t* out, int first_row) {
+    extern __shared__ __align__(16) uint16_t shared_rows[];
+    for (int i = 0; i < 8; ++i) shared_rows[threadIdx.x * 8 + i] = rows[threadIdx.x * 8 + i];
+    __syncwarp();
+    uint32_t to[4];
+    const uint16_t* row = shared_rows + (int(threadIdx.x) + first_row) * 8;
+    TRANS ? ldmatrix_x4_trans(to, row) : ldmatrix_x4(to, row);
+    for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = to[i];
+}
+extern "C" __global__ void ldmatrix_u16(const uint16_t* rows, uint32_t* out, int first_row) { load_matrices<false>(rows, out, first_row); }
+extern "C" __global__ void ldmatrix_trans_u16(const uint16_t* rows, uint32_t* out, int first_row) { load_matrices<true>(rows, out, first_row); }
+extern "C" __global__ void ldmatrix_global_u16(const uint16_t* rows, uint32_t* out) {
+    uint32_t to[4];
+    ldmatrix_x4(to, rows + threadIdx.x * 8);
+    out[threadIdx.x] = to[0];
+}
+
+// d [16, 8] = a [16, 16] b [16, 8] + c, fragments by the tables of the PTX ISA, element by element.
+template <class T>
+__device__ void multiply(const T* a, const T* b, const float* c, float* d, int lanes) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    const auto pair = [](T low, T high) {
+        uint16_t halves[2];
+        memcpy(&halves[0], &low, 2), memcpy(&halves[1], &high, 2);
+        return halves[0] | uint32_t(halves[1]) << 16;
+    };
+    uint32_t a_pairs[4], b_pairs[2];
+    for (int i = 0; i < 4; ++i) {
+        const T* at = a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8;
+        a_pairs[i] = pair(at[0], at[1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const T* at = b + (2 * t + i * 8) * 8 + g;
+        b_pairs[i] = pair(at[0], at[8]);
+    }
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+    if (int(threadIdx.x) < lanes) mma_m16n8k16(sums, a_pairs, b_pairs[0], b_pairs[1], T());
+    for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+extern "C" __global__ void mma_f16(const __half* a, const __half* b, const float* c, float* d, int lanes) { multiply(a, b, c, d, lanes); }
+extern "C" __global__ void mma_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, const float* c, float* d, int lanes) { multiply(a, b, c, d, lanes); }
+
+// Two copies of 16 bytes a thread, each in a group of its own, read by the next thread. KEPT: groups that
+// the wait leaves under way.
+template <int KEPT, bool WAIT, bool BARRIER>
+__device__ void copy(const uint32_t* x, uint32_t* y, int read, int shift) {
+    extern __shared__ __align__(16) uint32_t copied[];
+    const int t = threadIdx.x, threads = blockDim.x, next = (t + 1) % threads;
+    for (int group = 0; group < 2; ++group) {
+        cp_async_16(copied + (group * threads + t) * 4 + shift, x + (group * threads + t) * 4, t < read);
+        cp_async_commit();
+    }
+    if (WAIT) cp_async_wait<KEPT>();
+    if (BARRIER) __syncthreads();
+    for (int group = 0; group < 2; ++group) {
+        for (int i = 0; i < 4; ++i) y[(group * threads + t) * 4 + i] = copied[(group * threads + next) * 4 + i];
+    }
+}
+extern "C" __global__ void copy_u32(const uint32_t* x, uint32_t* y, int read, int shift) { copy<0, true, true>(x, y, read, shift); }
+extern "C" __global__ void copy_first_group_u32(const uint32_t* x, uint32_t* y, int read, int shift) { copy<1, true, true>(x, y, read, shift); }
+extern "C" __global__ void copy_without_wait_u32(const uint32_t* x, uint32_t* y, int read, int shift) { copy<0, false, true>(x, y, read, shift); }
+extern "C" __global__ void copy_without_barrier_u32(const uint32_t* x, uint32_t* y, int read, int shift) { copy<0, true, false>(x, y, read, shift); }
+
+// The copy for the next round goes where others may still read.
+template <bool BARRIER>
+__device__ void copy_over(const uint32_t* x, uint32_t* y) {
+    __shared__ __align__(16) uint32_t copied[64 * 4];
+    const int t = threadIdx.x;
+    uint32_t sum = 0;
+    for (int round = 0; round < 2; ++round) {
+        cp_async_16(copied + t * 4, x + (round * 64 + t) * 4, true);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        sum += copied[(t + 1) % 64 * 4];
+        if (BARRIER) __syncthreads();
+    }
+    y[t] = sum;
+}
+extern "C" __global__ void copy_over_u32(const uint32_t* x, uint32_t* y) { copy_over<true>(x, y); }
+extern "C" __global__ void copy_over_without_barrier_u32(const uint32_t* x, uint32_t* y) { copy_over<false>(x, y); }

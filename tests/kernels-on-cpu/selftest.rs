@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::harness::{Case, Order, POISON, Program};
+use crate::harness::{Case, Order, POISON, Plain, Program};
 
 static SELFTEST: Program = Program::new("tests/kernels-on-cpu/selftest.cu");
 
@@ -310,4 +310,103 @@ fn conversions_equal_those_of_the_half_crate() {
             "{x:e}: {got:?} {expected:?}"
         );
     }
+}
+
+#[test]
+fn ldmatrix_gives_rows_and_columns_by_the_ptx_manual() {
+    let rows: Vec<u16> = (0..32 * 8).collect();
+    let case = |kernel, first_row: i32| {
+        Case::new(kernel, [1, 1, 1], [32, 1, 1], 32 * 16)
+            .input(&rows)
+            .output::<u32>(32 * 4)
+            .value(first_row)
+    };
+    let cases = [case("ldmatrix_u16", 0), case("ldmatrix_trans_u16", 0)];
+    for (outputs, is_transposed) in SELFTEST.run(&cases).unwrap().iter().zip([false, true]) {
+        for (at, got) in outputs.get::<u32>(0).into_iter().enumerate() {
+            let (lane, matrix) = (at / 4, at % 4);
+            let element = |e: usize| {
+                let (row, col) = (lane / 4, lane % 4 * 2 + e);
+                let (row, col) = if is_transposed { (col, row) } else { (row, col) };
+                u32::from(rows[(8 * matrix + row) * 8 + col])
+            };
+            assert_eq!(got, element(0) | element(1) << 16, "lane {lane}, matrix {matrix}");
+        }
+    }
+    assert_fails(case("ldmatrix_u16", 1), &["ldmatrix reads 16 bytes that are not all shared"]);
+    let global = one_block("ldmatrix_global_u16", 32).input(&rows).output::<u32>(32);
+    assert_fails(global, &["ldmatrix reads 16 bytes that are not all shared"]);
+}
+
+fn multiplies_matrices<T: Plain>(kernel: &str, from_f32: impl Fn(f32) -> T) {
+    let numbers = |len: usize, step: usize| -> Vec<f32> {
+        (0..len).map(|i| ((i * step) % 23) as f32 - 11.).collect()
+    };
+    let (a, b, c) = (numbers(16 * 16, 7), numbers(16 * 8, 5), numbers(16 * 8, 3));
+    let halves = |x: &[f32]| x.iter().map(|x| from_f32(*x)).collect::<Vec<_>>();
+    let case = |lanes: i32| {
+        one_block(kernel, 32)
+            .input(&halves(&a))
+            .input(&halves(&b))
+            .input(&c)
+            .output::<f32>(16 * 8)
+            .value(lanes)
+    };
+    let product = SELFTEST.run_one(case(32)).unwrap().get::<f32>(0);
+    for (at, got) in product.into_iter().enumerate() {
+        let (m, n) = (at / 8, at % 8);
+        let sum: f32 = (0..16).map(|k| a[m * 16 + k] * b[k * 8 + n]).sum();
+        assert_eq!(got, c[at] + sum, "row {m}, column {n}");
+    }
+    assert_fails(case(31).orders(&[Order::Forward]), &["wait for ever", "mma_m16n8k16"]);
+}
+
+#[test]
+fn mma_equals_a_plain_matrix_product() {
+    multiplies_matrices("mma_f16", f16::from_f32);
+    multiplies_matrices("mma_bf16", bf16::from_f32);
+}
+
+#[test]
+fn an_asynchronous_copy_wants_its_wait_and_its_barrier() {
+    let threads = 64;
+    let x: Vec<u32> = (0..2 * threads * 4).collect();
+    let case = |kernel, read: i32, shift: i32| {
+        Case::new(kernel, [1, 1, 1], [threads, 1, 1], 2 * threads * 16)
+            .input(&x)
+            .output::<u32>(x.len())
+            .value(read)
+            .value(shift)
+    };
+    let run = |kernel, read| SELFTEST.run_one(case(kernel, read, 0)).unwrap().get::<u32>(0);
+    let expected = |read: u32| -> Vec<u32> {
+        let at = |i: u32| (i / 4 / threads * threads + (i / 4 + 1) % threads) * 4 + i % 4;
+        let copied = |i: u32| if i / 4 % threads < read { x[i as usize] } else { 0 };
+        (0..2 * threads * 4).map(|i| copied(at(i))).collect()
+    };
+    assert_eq!(run("copy_u32", 64), expected(64));
+    assert_eq!(run("copy_u32", 50), expected(50));
+    // Of two groups the wait leaves one under way: the first has come, the second is poison.
+    let half = x.len() / 2;
+    let first = run("copy_first_group_u32", 64);
+    assert_eq!(first[..half], expected(64)[..half]);
+    assert!(first[half..].iter().all(|word| *word == u32::MAX));
+    assert!(run("copy_without_wait_u32", 64).iter().all(|word| *word == u32::MAX));
+    assert_fails(case("copy_without_barrier_u32", 64, 0), &["depends on the order"]);
+    assert_fails(case("copy_u32", 64, 1), &["cp_async_16: misaligned address"]);
+    assert_fails(case("copy_u32", 64, 4), &["writes 16 bytes that are not all shared"]);
+    let misaligned = Case::new("copy_u32", [1, 1, 1], [threads, 1, 1], 2 * threads * 16)
+        .input(&x)
+        .misaligned_by(8)
+        .output::<u32>(x.len());
+    assert_fails(misaligned.value(64i32).value(0i32), &["cp_async_16: misaligned address"]);
+}
+
+#[test]
+fn a_copy_over_what_others_still_read_is_noticed() {
+    let x: Vec<u32> = (0..2 * 64 * 4).collect();
+    let case = |kernel| one_block(kernel, 64).input(&x).output::<u32>(64);
+    let sums = SELFTEST.run_one(case("copy_over_u32")).unwrap().get::<u32>(0);
+    assert_eq!(sums, (0..64).map(|t| 2 * ((t + 1) % 64) * 4 + 64 * 4).collect::<Vec<_>>());
+    assert_fails(case("copy_over_without_barrier_u32"), &["depends on the order"]);
 }

@@ -53,12 +53,28 @@ impl RopeArgs {
         })
     }
 
-    /// Where row `row` of x begins, and the rows of the tables that belong to it.
+    /// Batch, head and position of row `row` of y.
     #[inline(always)]
-    pub(crate) fn row(&self, row: usize) -> (usize, usize) {
-        let row = row as u64;
-        let (position, rest) = (row % self.positions, row / self.positions);
-        let (head, batch) = (rest % self.heads, rest / self.heads);
+    pub(crate) fn coordinates(&self, row: usize) -> [u64; 3] {
+        let (position, rest) = (row as u64 % self.positions, row as u64 / self.positions);
+        [rest / self.heads, rest % self.heads, position]
+    }
+
+    /// Those of the row that follows; three divisions would take longer than a short row.
+    #[inline(always)]
+    pub(crate) fn following(&self, [batch, head, position]: [u64; 3]) -> [u64; 3] {
+        if position + 1 < self.positions {
+            [batch, head, position + 1]
+        } else if head + 1 < self.heads {
+            [batch, head + 1, 0]
+        } else {
+            [batch + 1, 0, 0]
+        }
+    }
+
+    /// Where a row of x begins, and where the angles that belong to it.
+    #[inline(always)]
+    pub(crate) fn offsets(&self, [batch, head, position]: [u64; 3]) -> (usize, usize) {
         let [b, h, t] = self.x_strides;
         let table = batch * self.table_stride + position * self.half;
         ((batch * b + head * h + position * t) as usize, table as usize)

@@ -38,8 +38,10 @@ vectorized! {
     ) {
         let half = args.half as usize;
         let sign = E::Real::from_f32(args.sin_sign);
-        for (i, y) in y.chunks_exact_mut(2 * half).enumerate() {
-            let (x_at, table_at) = args.row(start / (2 * half) + i);
+        let mut coordinates = args.coordinates(start / (2 * half));
+        for y in y.chunks_exact_mut(2 * half) {
+            let (x_at, table_at) = args.offsets(coordinates);
+            coordinates = args.following(coordinates);
             let x = &x[x_at..][..2 * half];
             let angles = cos[table_at..][..half].iter().zip(&sin[table_at..][..half]);
             if args.interleaved == 1 {

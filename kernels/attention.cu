@@ -1,0 +1,461 @@
+// attention, f16 and bf16 on tensor cores: softmax(q k^T) v with dropout, never in memory as a whole.
+#include "attention_tiles.cuh"
+
+namespace {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = 32 * WARPS;
+
+// ---- Forward ----------------------------------------------------------------------------------------
+
+// By head size: M x 16 queries a warp; keys of a tile; whether the queries stay in registers.
+template <int D>
+struct ForwardShape {
+    static constexpr int M = D <= 128 ? 2 : 1;
+    static constexpr int QUERIES = 16 * M * WARPS;
+    static constexpr int KEYS = D <= 64 ? 64 : 32;
+    static constexpr bool KEPT = D <= 64;
+};
+
+// Logits grow this much, in base 2, before sums are scaled down to the new maximum. Until then exponentials
+// may reach 2^8, far from the largest half.
+constexpr float MARGIN = 8.f;
+
+template <int D, bool DROP, typename T>
+__device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
+                                              const float* alibi_slopes, T* o, float* lse,
+                                              const AttentionArgs& args, const AttentionLayout& layout,
+                                              const MaskArgs& drop, Bits* shared) {
+    using Shape = ForwardShape<D>;
+    constexpr int M = Shape::M, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, N = KEYS / 8;
+    const int warp_row = threadIdx.x / 32 * (16 * M), g = lane_id() / 4, t = lane_id() % 4;
+
+    // The last queries first: under a causal limit they take longest.
+    const uint32_t tiles = (args.queries + QUERIES - 1) / QUERIES;
+    const uint32_t first_query = (tiles - 1 - blockIdx.x % tiles) * QUERIES;
+    const uint32_t last_query = min(first_query + QUERIES, args.queries) - 1;
+    const uint32_t head = blockIdx.x / tiles % args.heads, batch = blockIdx.x / tiles / args.heads;
+    const uint32_t kv_head = head / (args.heads / args.kv_heads);
+    const uint32_t query = first_query + warp_row + g;  // the lane's first
+
+    const uint32_t length = args.length(key_lengths, batch);
+    const uint32_t begin = args.visible_begin(first_query), end = args.visible_end(last_query, length);
+    const uint32_t all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
+
+    const uint32_t head_size = args.head_size;
+    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
+                           has_vectors(v, layout.v) && has_vectors(o, layout.o);
+    const HeadRows q_rows = head_rows(q, layout.q, batch, head, 0, args.queries);
+    const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
+    const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, begin, end);
+    Bits* const q_tile = shared;
+    // Two stages, each of keys and values.
+    const auto k_tile = [&](int stage) { return shared + (QUERIES + stage * 2 * KEYS) * D; };
+    const auto v_tile = [&](int stage) { return shared + (QUERIES + stage * 2 * KEYS + KEYS) * D; };
+
+    uint32_t key = begin / 32 * 32;
+    if (key < end) {
+        load_rows<D, QUERIES, THREADS>(q_tile, q_rows, first_query, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key, head_size, is_vector);
+        cp_async_commit();
+    }
+
+    const Scores scores(args, alibi_slopes, head);
+    const HeadMask mask(drop, args, batch, head);
+    Fragments<D, M, Shape::KEPT> queries(q_tile, warp_row);
+    float o_sums[M][D / 8][4] = {};
+    float sums[M][2] = {};  // the lane's part
+    // What exponentials are relative to: the largest logit so far, or one at most MARGIN below it.
+    float reference[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) reference[m][0] = reference[m][1] = -INFINITY;
+
+    for (int stage = 0; key < end; key += KEYS, stage ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();
+        if (key + KEYS < end) {
+            load_rows<D, KEYS, THREADS>(k_tile(stage ^ 1), k_rows, key + KEYS, head_size, is_vector);
+            load_rows<D, KEYS, THREADS>(v_tile(stage ^ 1), v_rows, key + KEYS, head_size, is_vector);
+            cp_async_commit();
+        }
+        if (key == begin / 32 * 32) queries.load();
+
+        float s[M][N][4] = {};
+        multiply_keys<T>(s, queries, k_tile(stage));
+        if (!scores.is_plain) make_logits<T>(s, scores, args, query, key);
+        if (key < all_begin || key + KEYS > all_end) hide(s, args, query, key, length);
+
+        bool grew = false;
+        float largest[M][2];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float x = -INFINITY;
+#pragma unroll
+                for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+                largest[m][h] = x * scores.factor;
+                grew = grew || largest[m][h] > reference[m][h] + MARGIN;
+            }
+        }
+        if (__any_sync(ALL_LANES, grew)) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float x = largest[m][h];
+                    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+                    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+                    if (!(x > reference[m][h] + MARGIN)) x = reference[m][h];
+                    const float shrink = x == reference[m][h] ? 1.f : exp2_approx(reference[m][h] - x);
+                    reference[m][h] = x;
+                    sums[m][h] *= shrink;
+#pragma unroll
+                    for (int n = 0; n < D / 8; ++n) {
+                        o_sums[m][n][2 * h] *= shrink;
+                        o_sums[m][n][2 * h + 1] *= shrink;
+                    }
+                }
+            }
+        }
+
+        uint32_t p[M][N][2];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                // Without any visible key so far, 0 stands in: all exponentials are 0 then.
+                const float base = reference[m][h] == -INFINITY ? 0.f : reference[m][h];
+#pragma unroll
+                for (int n = 0; n < N; n += 4) {
+                    Draws draws;
+                    if (DROP) draws = mask.draw_keys(query + 16 * m + 8 * h, key + key_of(n));
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float low = exp2_approx(fmaf(s[m][n + i][2 * h], scores.factor, -base));
+                        const float high = exp2_approx(fmaf(s[m][n + i][2 * h + 1], scores.factor, -base));
+                        sums[m][h] += low + high;
+                        p[m][n + i][h] = pack(low, high, T());
+                        if (DROP) p[m][n + i][h] &= mask.keep_bits(draws.word[i]);
+                    }
+                }
+            }
+        }
+        multiply_values<D, T>(o_sums, p, v_tile(stage));
+    }
+
+    float factor[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float sum = sums[m][h];
+            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            factor[m][h] = sum == 0.f ? 0.f : (DROP ? drop.scale : 1.f) / sum;
+            const uint32_t row = query + 16 * m + 8 * h;
+            if (t == 0 && row < args.queries) {  // tail
+                lse[(uint64_t(batch) * args.heads + head) * args.queries + row] =
+                    sum == 0.f ? INFINITY : reference[m][h] * LN_2 + logf(sum);
+            }
+        }
+    }
+    // Through the rows of q, which only this warp has read.
+    put_rows<D, T>(q_tile, warp_row, 0, o_sums, factor);
+    __syncwarp();
+    const HeadRows o_rows = head_rows(o, layout.o, batch, head, 0, args.queries);
+    store_rows<D, 16 * M, 32>(q_tile, warp_row, o_rows, first_query + warp_row, head_size, is_vector);
+}
+
+// ---- Backward: dq -----------------------------------------------------------------------------------
+
+// As ForwardShape; STAGES: tiles of keys and values in shared memory.
+template <int D>
+struct QueryGradientShape {
+    static constexpr int M = D <= 128 ? 2 : 1;
+    static constexpr int QUERIES = 16 * M * WARPS;
+    static constexpr int KEYS = 32;
+    static constexpr int STAGES = D <= 128 ? 2 : 1;
+};
+
+template <int D, bool DROP, typename T>
+__device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
+                                                 const float* alibi_slopes, const T* dout, const float* lse,
+                                                 const float* delta, T* dq, const AttentionArgs& args,
+                                                 const AttentionLayout& layout, const AttentionLayout& grads,
+                                                 const MaskArgs& drop, Bits* shared) {
+    using Shape = QueryGradientShape<D>;
+    constexpr int M = Shape::M, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, N = KEYS / 8;
+    static_assert(KEYS == 32, "a lane draws once a row");
+    const int warp_row = threadIdx.x / 32 * (16 * M), g = lane_id() / 4;
+
+    const uint32_t tiles = (args.queries + QUERIES - 1) / QUERIES;
+    const uint32_t first_query = (tiles - 1 - blockIdx.x % tiles) * QUERIES;
+    const uint32_t last_query = min(first_query + QUERIES, args.queries) - 1;
+    const uint32_t head = blockIdx.x / tiles % args.heads, batch = blockIdx.x / tiles / args.heads;
+    const uint32_t kv_head = head / (args.heads / args.kv_heads);
+    const uint32_t query = first_query + warp_row + g;
+
+    const uint32_t length = args.length(key_lengths, batch);
+    const uint32_t begin = args.visible_begin(first_query), end = args.visible_end(last_query, length);
+    const uint32_t all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
+
+    const uint32_t head_size = args.head_size;
+    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
+                           has_vectors(v, layout.v) && has_vectors(dout, grads.o) && has_vectors(dq, grads.q);
+    // Queries that see nothing count as zeros.
+    const uint32_t seeing_begin = args.seeing_begin(0), seeing_end = length == 0 ? 0 : args.seeing_end(length - 1);
+    const HeadRows q_rows = head_rows(q, layout.q, batch, head, seeing_begin, seeing_end);
+    const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, seeing_begin, seeing_end);
+    const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
+    const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, begin, end);
+    Bits* const q_tile = shared;
+    Bits* const dout_tile = shared + QUERIES * D;
+    const auto k_tile = [&](int stage) { return shared + (2 * QUERIES + stage * 2 * KEYS) * D; };
+    const auto v_tile = [&](int stage) { return shared + (2 * QUERIES + stage * 2 * KEYS + KEYS) * D; };
+
+    uint32_t key = begin / 32 * 32;
+    if (key < end) {
+        load_rows<D, QUERIES, THREADS>(q_tile, q_rows, first_query, head_size, is_vector);
+        load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key, head_size, is_vector);
+        cp_async_commit();
+    }
+
+    const Scores scores(args, alibi_slopes, head);
+    const HeadMask mask(drop, args, batch, head);
+    Fragments<D, M, false> queries(q_tile, warp_row), douts(dout_tile, warp_row);
+    RowStatistics<M> rows;
+    rows.load(lse, delta, (uint64_t(batch) * args.heads + head) * args.queries, query, args.queries);
+    float dq_sums[M][D / 8][4] = {};
+
+    for (int stage = 0; key < end; key += KEYS) {
+        cp_async_wait<0>();
+        __syncthreads();
+        if (Shape::STAGES == 2 && key + KEYS < end) {
+            load_rows<D, KEYS, THREADS>(k_tile(stage ^ 1), k_rows, key + KEYS, head_size, is_vector);
+            load_rows<D, KEYS, THREADS>(v_tile(stage ^ 1), v_rows, key + KEYS, head_size, is_vector);
+            cp_async_commit();
+        }
+
+        float s[M][N][4] = {}, dp[M][N][4] = {};
+        multiply_keys<T>(s, queries, k_tile(stage));
+        if (!scores.is_plain) make_logits<T>(s, scores, args, query, key);
+        if (key < all_begin || key + KEYS > all_end) hide(s, args, query, key, length);
+        multiply_keys<T>(dp, douts, v_tile(stage));
+
+        uint32_t kept[M][N][2], ds[M][N][2];
+        if (scores.logits.softcap == 0.f) {
+            differentiate<DROP, false, T>(s, dp, scores, mask, args, rows, query, key, 0, kept, ds);
+        } else {
+            differentiate<DROP, true, T>(s, dp, scores, mask, args, rows, query, key, 0, kept, ds);
+        }
+        multiply_values<D, T>(dq_sums, ds, k_tile(stage));
+
+        if (Shape::STAGES == 2) {
+            stage ^= 1;
+        } else if (key + KEYS < end) {
+            __syncthreads();
+            load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key + KEYS, head_size, is_vector);
+            load_rows<D, KEYS, THREADS>(v_tile(0), v_rows, key + KEYS, head_size, is_vector);
+            cp_async_commit();
+        }
+    }
+
+    float factor[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) factor[m][0] = factor[m][1] = float(args.scale);
+    // Through the rows of q, which only this warp has read.
+    put_rows<D, T>(q_tile, warp_row, 0, dq_sums, factor);
+    __syncwarp();
+    const HeadRows dq_rows = head_rows(dq, grads.q, batch, head, 0, args.queries);
+    store_rows<D, 16 * M, 32>(q_tile, warp_row, dq_rows, first_query + warp_row, head_size, is_vector);
+}
+
+// ---- Backward: dk and dv ----------------------------------------------------------------------------
+
+// Scores are cut 2 x 2 among the warps, gradients by 32 keys and COLS columns.
+template <int D>
+struct KeyGradientShape {
+    static constexpr int KEYS = D <= 128 ? 64 : 32;
+    static constexpr int QUERIES = D <= 128 ? 64 : 32;
+    static constexpr int COLS = D / (WARPS / (KEYS / 32));
+};
+
+template <int D, bool DROP, typename T>
+__device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
+                                                   const float* alibi_slopes, const T* dout, const float* lse,
+                                                   const float* delta, T* dk, T* dv, const AttentionArgs& args,
+                                                   const AttentionLayout& layout, const AttentionLayout& grads,
+                                                   const MaskArgs& drop, Bits* shared) {
+    using Shape = KeyGradientShape<D>;
+    constexpr int KEYS = Shape::KEYS, QUERIES = Shape::QUERIES, COLS = Shape::COLS;
+    constexpr int M = QUERIES / 32, N = KEYS / 16;
+    const int warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
+    // Of the scores: queries warp_row .., of the block of keys from warp_key on the column tiles first ..
+    const int warp_row = warp / 2 * (QUERIES / 2), warp_key = KEYS == 64 ? warp % 2 * 32 : 0;
+    const int first = KEYS == 64 ? 0 : warp % 2 * 2;
+    // Of the gradients: 32 keys from grad_key on, COLS columns from grad_col on.
+    const int grad_key = KEYS == 64 ? warp / 2 * 32 : 0, grad_col = (KEYS == 64 ? warp % 2 : warp) * COLS;
+
+    const uint32_t tiles = (args.keys + KEYS - 1) / KEYS;
+    const uint32_t first_key = blockIdx.x % tiles * KEYS;
+    const uint32_t kv_head = blockIdx.x / tiles % args.kv_heads, batch = blockIdx.x / tiles / args.kv_heads;
+    const uint32_t group = args.heads / args.kv_heads;
+
+    // The queries that see a key of the tile, in steps of QUERIES, for each head of the group.
+    const uint32_t length = args.length(key_lengths, batch);
+    const uint32_t last_key = min(first_key + KEYS, length) - 1;
+    const bool is_seen = first_key < length;
+    const uint32_t begin = args.seeing_begin(first_key), end = is_seen ? args.seeing_end(last_key) : 0;
+    const uint32_t steps = begin < end ? (end - begin + QUERIES - 1) / QUERIES : 0;
+
+    const uint32_t head_size = args.head_size;
+    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
+                           has_vectors(v, layout.v) && has_vectors(dout, grads.o) && has_vectors(dk, grads.k) &&
+                           has_vectors(dv, grads.v);
+    Bits* const k_tile = shared;
+    Bits* const v_tile = k_tile + KEYS * D;
+    Bits* const dout_tile = v_tile + KEYS * D;
+    Bits* const q_tiles = dout_tile + QUERIES * D;  // two
+    Bits* const kept_tile = q_tiles + 2 * QUERIES * D;
+    Bits* const ds_tile = kept_tile + QUERIES * KEYS;
+
+    uint32_t head = kv_head * group, first_query = begin;
+    if (steps > 0) {
+        // Keys that no query sees count as zeros.
+        const uint32_t seen_begin = args.visible_begin(0), seen_end = args.visible_end(args.queries - 1, length);
+        const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, seen_begin, seen_end);
+        const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, seen_begin, seen_end);
+        const HeadRows q_rows = head_rows(q, layout.q, batch, head, begin, end);
+        load_rows<D, KEYS, THREADS>(k_tile, k_rows, first_key, head_size, is_vector);
+        load_rows<D, KEYS, THREADS>(v_tile, v_rows, first_key, head_size, is_vector);
+        load_rows<D, QUERIES, THREADS>(q_tiles, q_rows, first_query, head_size, is_vector);
+        cp_async_commit();
+    }
+
+    Scores scores(args, alibi_slopes, head);
+    float dk_sums[2][COLS / 8][4] = {}, dv_sums[2][COLS / 8][4] = {};
+    for (uint32_t step = 0; step < steps * group; ++step) {
+        Bits* const q_tile = q_tiles + step % 2 * (QUERIES * D);
+        uint32_t next_head = head, next_query = first_query + QUERIES;
+        if (next_query >= end) ++next_head, next_query = begin;
+
+        cp_async_wait<0>();
+        __syncthreads();
+        const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, begin, end);
+        load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size, is_vector);
+        cp_async_commit();
+        if (step + 1 < steps * group) {
+            const HeadRows q_rows = head_rows(q, layout.q, batch, next_head, begin, end);
+            load_rows<D, QUERIES, THREADS>(q_tiles + (step + 1) % 2 * (QUERIES * D), q_rows, next_query, head_size, is_vector);
+        }
+        cp_async_commit();
+
+        const uint32_t query = first_query + warp_row + g, key = first_key + warp_key;
+        if (alibi_slopes) scores.logits.slope = alibi_slopes[head] * LOG2_E;
+        RowStatistics<M> rows;
+        rows.load(lse, delta, (uint64_t(batch) * args.heads + head) * args.queries, query, end);
+
+        float s[M][N][4] = {}, dp[M][N][4] = {};
+        Fragments<D, M, false> queries(q_tile, warp_row), douts(dout_tile, warp_row);
+        multiply_keys<T>(s, queries, k_tile + warp_key * D, first);
+        if (!scores.is_plain) make_logits<T>(s, scores, args, query, key + 2 * first);
+        const uint32_t last_query = min(first_query + QUERIES, end) - 1;
+        if (first_key < args.visible_begin(last_query) ||
+            first_key + KEYS > args.visible_end(first_query, length)) {
+            hide(s, args, query, key + 2 * first, length);
+        }
+
+        cp_async_wait<1>();
+        __syncthreads();
+        multiply_keys<T>(dp, douts, v_tile + warp_key * D, first);
+        const HeadMask mask(drop, args, batch, head);
+        uint32_t kept[M][N][2], ds[M][N][2];
+        if (scores.logits.softcap == 0.f) {
+            differentiate<DROP, false, T>(s, dp, scores, mask, args, rows, query, key, first, kept, ds);
+        } else {
+            differentiate<DROP, true, T>(s, dp, scores, mask, args, rows, query, key, first, kept, ds);
+        }
+        // The lane's keys follow one another: 8 of them, or 4.
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int at = ScoreTile<KEYS>::offset(warp_row + 16 * m + 8 * h + g, warp_key / 8 + t) + 2 * first;
+#pragma unroll
+                for (int n = 0; n < N; n += 2) {
+                    *reinterpret_cast<uint2*>(kept_tile + at + 2 * n) = {kept[m][n][h], kept[m][n + 1][h]};
+                    *reinterpret_cast<uint2*>(ds_tile + at + 2 * n) = {ds[m][n][h], ds[m][n + 1][h]};
+                }
+            }
+        }
+        __syncthreads();
+        multiply_transposed<D, KEYS, QUERIES, T>(dv_sums, kept_tile, grad_key, dout_tile, grad_col);
+        multiply_transposed<D, KEYS, QUERIES, T>(dk_sums, ds_tile, grad_key, q_tile, grad_col);
+        head = next_head, first_query = next_query;
+    }
+
+    // Through the tiles of keys and values, which nobody reads any more.
+    const float scale = float(args.scale), drop_scale = (DROP ? drop.scale : 1.f) / RAISED;
+    const float dk_factor[2][2] = {{scale, scale}, {scale, scale}};
+    const float dv_factor[2][2] = {{drop_scale, drop_scale}, {drop_scale, drop_scale}};
+    put_rows<D, T>(k_tile, grad_key, grad_col, dk_sums, dk_factor);
+    put_rows<D, T>(v_tile, grad_key, grad_col, dv_sums, dv_factor);
+    __syncthreads();
+    const HeadRows dk_rows = head_rows(dk, grads.k, batch, kv_head, 0, args.keys);
+    const HeadRows dv_rows = head_rows(dv, grads.v, batch, kv_head, 0, args.keys);
+    store_rows<D, KEYS, THREADS>(k_tile, 0, dk_rows, first_key, head_size, is_vector);
+    store_rows<D, KEYS, THREADS>(v_tile, 0, dv_rows, first_key, head_size, is_vector);
+}
+
+}  // namespace
+
+#define ATTENTION_FWD(NAME, D, DROP, SUFFIX, T)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME##_d##D##_##SUFFIX(                         \
+        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                           \
+        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes, T* __restrict__ o, \
+        float* __restrict__ lse, AttentionArgs args, AttentionLayout layout, MaskArgs drop) {                \
+        extern __shared__ __align__(128) Bits shared[];                                                      \
+        attention_fwd<D, DROP>(q, k, v, key_lengths, alibi_slopes, o, lse, args, layout, drop, shared);      \
+    }
+
+#define ATTENTION_BWD_DQ(NAME, D, DROP, SUFFIX, T)                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME##_d##D##_##SUFFIX(                         \
+        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                           \
+        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                    \
+        const T* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,          \
+        T* __restrict__ dq, AttentionArgs args, AttentionLayout layout, AttentionLayout grads, MaskArgs drop) { \
+        extern __shared__ __align__(128) Bits shared[];                                                      \
+        attention_bwd_dq<D, DROP>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dq, args, layout,    \
+                                  grads, drop, shared);                                                      \
+    }
+
+#define ATTENTION_BWD_DKDV(NAME, D, DROP, SUFFIX, T)                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME##_d##D##_##SUFFIX(                         \
+        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                           \
+        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                    \
+        const T* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,          \
+        T* __restrict__ dk, T* __restrict__ dv, AttentionArgs args, AttentionLayout layout,                  \
+        AttentionLayout grads, MaskArgs drop) {                                                              \
+        extern __shared__ __align__(128) Bits shared[];                                                      \
+        attention_bwd_dkdv<D, DROP>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dk, dv, args,      \
+                                    layout, grads, drop, shared);                                            \
+    }
+
+#define FOR_EACH_HALF(KERNEL, NAME, D)                    \
+    KERNEL(NAME, D, true, f16, __half)                    \
+    KERNEL(NAME, D, true, bf16, __nv_bfloat16)            \
+    KERNEL(NAME##_nodrop, D, false, f16, __half)          \
+    KERNEL(NAME##_nodrop, D, false, bf16, __nv_bfloat16)
+#define FOR_EACH_HEAD_SIZE(KERNEL, NAME) \
+    FOR_EACH_HALF(KERNEL, NAME, 32)      \
+    FOR_EACH_HALF(KERNEL, NAME, 64)      \
+    FOR_EACH_HALF(KERNEL, NAME, 96)      \
+    FOR_EACH_HALF(KERNEL, NAME, 128)     \
+    FOR_EACH_HALF(KERNEL, NAME, 256)
+FOR_EACH_HEAD_SIZE(ATTENTION_FWD, attention_fwd)
+FOR_EACH_HEAD_SIZE(ATTENTION_BWD_DQ, attention_bwd_dq)
+FOR_EACH_HEAD_SIZE(ATTENTION_BWD_DKDV, attention_bwd_dkdv)
