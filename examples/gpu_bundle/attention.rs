@@ -141,6 +141,8 @@ fn check(qkv: &[Var], causal: bool, drop: &DropMask) -> Result<()> {
     Ok(())
 }
 
+type Work<'a> = &'a dyn Fn() -> candle_core::Result<()>;
+
 fn measure(
     timer: &Timer,
     form: Form,
@@ -156,7 +158,7 @@ fn measure(
     let drop = mask(drop_p);
     let forward = || run(form, &detached, causal, &drop).map(|_| ());
     let both = || run(form, &tracked, causal, &drop)?.backward().map(|_| ());
-    let passes: [(&str, f64, &dyn Fn() -> candle_core::Result<()>); 2] =
+    let passes: [(&str, f64, Work<'_>); 2] =
         [("forward", flop, &forward), ("forward_backward", 3.5 * flop, &both)];
     for (pass, flop, work) in passes {
         work()?;
