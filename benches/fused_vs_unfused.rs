@@ -9,14 +9,16 @@
 //! `plain_copy` and `plain_add` write to one warm buffer instead; to compare the inner loops alone,
 //! have malloc reuse warm memory too: `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`.
 //!
-//! Throughput counts the bytes that have to move: each input read and each output written once.
+//! Throughput counts the bytes that have to move: each input read and each output written once; of
+//! attention, whose arithmetic is the limit, multiply-adds.
 
 use std::hint::black_box;
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_dropout::{
-    AttentionMask, CrossEntropyConfig, DropMask, MaskKey, Rope, RopeConfig, StochasticDepth,
-    cross_entropy, drop_path_add, drop_path_kept, dropout, dropout_add, reference, softmax_dropout,
+    AttentionConfig, AttentionMask, CrossEntropyConfig, DropMask, MaskKey, Rope, RopeConfig,
+    StochasticDepth, attention, cross_entropy, drop_path_add, drop_path_kept, dropout, dropout_add,
+    reference, softmax_dropout,
 };
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
@@ -170,6 +172,61 @@ fn dropouts(c: &mut Criterion) {
     );
 }
 
+/// Attention in one op against its scores materialised around `softmax_dropout`, causal and not.
+fn attentions(c: &mut Criterion) {
+    // [B, H, S, D]; so few elements mean that the bench is only to run.
+    let shapes: &[[usize; 4]] = match rows() >= 1 << 10 {
+        true => &[[4, 8, 256, 64], [1, 8, 1024, 64], [1, 4, 2048, 64], [1, 4, 1024, 128]],
+        false => &[[1, 2, 64, 32]],
+    };
+    for dims in shapes {
+        let var = |seed| {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let x = (0..dims.iter().product()).map(|_| rng.random_range(-2f32..2.)).collect();
+            Var::from_tensor(&Tensor::from_vec(x, &dims[..], &Device::Cpu).unwrap()).unwrap()
+        };
+        let (q, k, v) = (var(1), var(2), var(3));
+        for (causal, drop_p) in [(false, 0.), (false, DROP_P), (true, 0.), (true, DROP_P)] {
+            let drop = DropMask::new(drop_p, MaskKey::new(42)).unwrap();
+            let fused = || {
+                let config = AttentionConfig { causal, ..Default::default() };
+                attention(&q, &k, &v, &config, &drop)
+            };
+            let materialised = || {
+                let mask = if causal { AttentionMask::Causal } else { AttentionMask::None };
+                let scale = 1. / (dims[3] as f64).sqrt();
+                softmax_dropout(&q.matmul(&k.t()?)?, scale, &mask, &drop)?.matmul(&v)
+            };
+            let gradient =
+                |y: &Tensor| y.sqr().unwrap().backward().unwrap().get(&k).unwrap().clone();
+            let (ours, exact) = (fused().unwrap(), materialised().unwrap());
+            assert_close(&ours, &exact);
+            assert_close(&gradient(&ours), &gradient(&exact));
+
+            let of = if causal { "causal" } else { "full" };
+            let mut group = c.benchmark_group(format!("attention/{dims:?}/{of}/drop_p {drop_p}"));
+            // Throughput: multiply-adds of the two products of the forward pass, and of the five of backward.
+            let products = dims.iter().product::<usize>() as u64 * dims[2] as u64 * 2;
+            let products = products / if causal { 2 } else { 1 };
+            let mut time = |name: &str, products, run: &dyn Fn()| {
+                group.throughput(Throughput::Elements(products));
+                group.bench_function(name, |bencher| bencher.iter(run));
+            };
+            let backward = |y: Result<Tensor>| drop_of(y.unwrap().backward().unwrap());
+            time("fused/forward", products, &|| drop_of(fused().unwrap()));
+            time("materialised/forward", products, &|| drop_of(materialised().unwrap()));
+            time("fused/forward_backward", products * 7 / 2, &|| backward(fused()));
+            time("materialised/forward_backward", products * 7 / 2, &|| backward(materialised()));
+            group.finish();
+        }
+    }
+}
+
+/// Drops a result that must have been computed.
+fn drop_of<T>(result: T) {
+    black_box(result);
+}
+
 /// Times a closure that moves so many bytes.
 fn time_bytes<T>(
     group: &mut BenchmarkGroup<WallTime>,
@@ -295,6 +352,6 @@ fn kept_samples(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10);
-    targets = add, dropouts, ropes, cross_entropies, kept_samples
+    targets = add, dropouts, attentions, ropes, cross_entropies, kept_samples
 }
 criterion_main!(benches);

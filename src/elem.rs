@@ -280,8 +280,8 @@ impl Real for f32 {
     fn tanh(self) -> Self {
         let (x, x2) = (self.abs(), self * self);
         let e = (-2. * x).exp_of_nonpositive();
-        let mut p = -5.704_988_7e-3f32;
-        for c in [2.063_908_8e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1] {
+        let mut p = -5.704_988_6e-3f32;
+        for c in [2.063_908_6e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1] {
             p = p * x2 + c;
         }
         let far = (1. - e) / (1. + e);

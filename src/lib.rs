@@ -4,8 +4,8 @@
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
 //!   [`softmax_dropout`], [`attention()`], [`drop_path_add`], [`drop_path_kept`]. Each takes a
 //!   [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take none.
-//! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
-//!   [`MaskGenerator`], one key a call, and only in training.
+//! - Layers: [`Dropout`], [`DropPath`], [`MultiHeadAttention`], [`LayerNorm`], [`RmsNorm`]. They draw
+//!   masks from a [`MaskGenerator`], one key a call, and only in training.
 //! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
 //!   weights, [`seeded_var_builder`] makes repeatable ones.
 //!
@@ -50,8 +50,8 @@ mod transformer;
 pub use candle_nn::LayerNormConfig;
 pub use init::seeded_var_builder;
 pub use layers::{
-    DropPath, Dropout, LayerNorm, RmsNorm, Rope, RopeConfig, RopeScaling, layer_norm,
-    layer_norm_no_bias, rms_norm, set_seed,
+    DropPath, Dropout, LayerNorm, MultiHeadAttention, MultiHeadAttentionConfig, RmsNorm, Rope,
+    RopeConfig, RopeScaling, layer_norm, layer_norm_no_bias, rms_norm, set_seed,
 };
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{

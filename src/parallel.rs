@@ -86,15 +86,16 @@ pub(crate) unsafe fn filled_pair<E: Send>(
     (first, second)
 }
 
-/// `f(state, task)` for each task, in parallel if there are several; the results in the order of the
+/// `f(state, task)` for each task, in parallel if that is worth while; the results in the order of the
 /// tasks. A state serves many tasks, one after the other.
 pub(crate) fn map_tasks<S, R: Send>(
-    tasks: usize,
+    (tasks, in_parallel): (usize, bool),
     state: impl Fn() -> S + Sync + Send,
     f: impl Fn(&mut S, usize) -> R + Sync + Send,
 ) -> Vec<R> {
-    if tasks <= 1 {
-        return (0..tasks).map(|task| f(&mut state(), task)).collect();
+    if tasks <= 1 || !in_parallel {
+        let mut state = state();
+        return (0..tasks).map(|task| f(&mut state, task)).collect();
     }
     (0..tasks).into_par_iter().with_max_len(1).map_init(state, f).collect()
 }

@@ -369,11 +369,11 @@ fn every_site_drops_what_its_key_says(config: TransformerConfig) -> Result<()> {
     };
     let law = sites.iter().map(law).collect::<Result<Vec<_>>>()?;
 
-    // Logits and gradients of both forms are those of the formulas with the masks of the law.
+    // Logits and gradients of all forms are those of the formulas with the masks of the law.
     let vars = VarMap::new();
     let mut expected = None;
-    for fused in [true, false] {
-        let config = TransformerConfig { fused, ..config.clone() };
+    for (fused, flash_attention) in [(true, true), (true, false), (false, false)] {
+        let config = TransformerConfig { fused, flash_attention, ..config.clone() };
         let vb = seeded_var_builder(&vars, 1, DType::F64, &Device::Cpu);
         let masks = Arc::new(MaskGenerator::new(seed));
         let model = Transformer::new(&config, masks.clone(), vb)?;

@@ -20,7 +20,7 @@ use crate::results::{Record, stem, with_extension, write_section};
 use crate::runner::{NORM_EPS, Op, SCALE, beyond_the_naive_error, mask};
 use crate::step::{FORMS, Form, Step, check_agree, size};
 use crate::timing::{Budget, Timer, Timing};
-use crate::{Common, bytes, common, cuda, kept, plot};
+use crate::{Common, attention, bytes, common, cuda, kept, plot};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -38,6 +38,9 @@ pub struct Args {
     /// Leave out the training step of the GPT.
     #[arg(long)]
     no_step: bool,
+    /// Attention and nothing else.
+    #[arg(long)]
+    attention_only: bool,
 }
 
 const OPS: [(&str, Op); 9] = [
@@ -76,7 +79,9 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
         copies: BTreeMap::new(),
         records: vec![],
     };
-    for dtype in args.dtypes(device)? {
+    bench.records.extend(attention::records(&bench.timer, small)?);
+    let dtypes = if args.attention_only { vec![] } else { args.dtypes(device)? };
+    for dtype in dtypes {
         for bytes in args.sizes(device)? {
             bench.copy(dtype, bytes)?;
             for (name, op) in OPS {
@@ -95,13 +100,15 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
             eprintln!("bench: {dtype:?}, {bytes} bytes, {:.0} s", begin.elapsed().as_secs_f64());
         }
     }
-    bench.kept(small)?;
-    if !args.no_step {
+    if !args.attention_only {
+        bench.kept(small)?;
+    }
+    if !(args.no_step || args.attention_only) {
         bench.steps(small)?;
     }
     let records = bench.records;
     let markdown = markdown(&records, small)?;
-    if args.section == "bench" {
+    if args.section == "bench" && !args.attention_only {
         let svg = with_extension(&stem(&args.common.out, device)?, "svg");
         std::fs::create_dir_all(&args.common.out)?;
         let title = cuda::name(device)?.unwrap_or_else(|| "CPU".into());
@@ -545,7 +552,9 @@ fn markdown(records: &[Record], small: bool) -> Result<String> {
         (&a.op, &a.pass, &a.dtype, &a.shape) == (&b.op, &b.pass, &b.dtype, &b.shape)
             && a.drop_p == b.drop_p
     };
-    let is_listed = |r: &&Record| r.op == "copy" || r.library != "candle" && r.op != "gpt_step";
+    let is_elementwise =
+        |r: &Record| r.op != "gpt_step" && !attention::OPS.contains(&r.op.as_str());
+    let is_listed = |r: &&Record| r.op == "copy" || r.library != "candle" && is_elementwise(r);
     for record in records.iter().filter(is_listed) {
         let theirs =
             records.iter().find(|r| r.library == "candle" && r.op != "copy" && same(r, record));
@@ -569,6 +578,7 @@ fn markdown(records: &[Record], small: bool) -> Result<String> {
             or_dash(theirs.map(|theirs| format!("{:.1}x", theirs.ms / record.ms))),
         )?;
     }
+    md.push_str(&attention::markdown(records)?);
     let steps: Vec<_> = records.iter().filter(|r| r.op == "gpt_step").collect();
     if let Some(shape) = steps.first().map(|step| &step.shape) {
         writeln!(

@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_dropout::{Architecture, dropout};
+use candle_dropout::{Architecture, AttentionConfig, dropout};
 use serde::Serialize;
 
+use crate::attention_runner::{self as attention, configs, sizes};
 use crate::common::{bits, random};
 use crate::runner::{DTYPES, OPS, Op, View, disagreements, mask, run as run_op};
 use crate::step::{Form, Step, check_agree, in_llama_style, size};
@@ -82,6 +83,7 @@ pub fn run(args: &Common, device: &Device) -> Result<bool> {
     if device.is_cuda() {
         groups.push(same_bits_as_the_cpu(device, shapes, drop_ps));
     }
+    groups.push(attentions(device, args.small));
     groups.push(transformer(device, args.small));
 
     let mut md = String::from("| fact | cases | failures |\n|---|---|---|\n");
@@ -235,6 +237,47 @@ fn same_bits_as_the_cpu(device: &Device, shapes: &[&[usize]], drop_ps: &[f32]) -
                     Ok(failure(ours == cpu, || format!("{op:?} {dims:?} drop p {drop_p}")))
                 });
             }
+        }
+    }
+    group
+}
+
+/// Attention as one op: every head size of the kernels and one between, tails of every tile, grouped heads,
+/// each field of the config, each view.
+fn attentions(device: &Device, small: bool) -> Group {
+    let mut group = Group::new("attention and its gradients are as near the f64 formula, too");
+    let device_alone = std::slice::from_ref(device);
+    let mut check = |dims, config: &AttentionConfig, view, drop_p, dtype| {
+        group.check(|| {
+            let drop = mask(drop_p);
+            Ok(attention::disagreements(sizes(dims), config, view, &drop, dtype, device_alone)?)
+        });
+    };
+    let head_sizes: &[usize] = if small { &[64] } else { &[32, 40, 64, 96, 128, 200, 256] };
+    let lengths: &[(usize, usize)] =
+        if small { &[(70, 90)] } else { &[(1, 1), (1, 300), (300, 1), (64, 128), (130, 257)] };
+    for d in head_sizes {
+        for (queries, keys) in lengths {
+            for (drop_p, causal) in [(0., false), (0.1, true)] {
+                for dtype in dtypes(device) {
+                    let config = AttentionConfig { causal, ..Default::default() };
+                    let dims = [2, 4, 2, *queries, *keys, *d];
+                    check(dims, &config, attention::View::Contiguous, drop_p, dtype);
+                }
+            }
+        }
+    }
+    for dims in [[3, 4, 2, 70, 70, 64], [3, 2, 1, 150, 65, 128], [3, 2, 2, 5, 300, 32]] {
+        for config in configs(sizes(dims)).unwrap_or_default() {
+            for dtype in dtypes(device) {
+                check(dims, &config, attention::View::Contiguous, 0.3, dtype);
+            }
+        }
+    }
+    for view in attention::VIEWS {
+        for dtype in dtypes(device) {
+            let config = AttentionConfig { causal: true, ..Default::default() };
+            check([2, 4, 2, 70, 130, 64], &config, view, 0.1, dtype);
         }
     }
     group

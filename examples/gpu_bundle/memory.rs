@@ -59,13 +59,13 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-fn forget_peak(device: &Device) -> Result<()> {
+pub fn forget_peak(device: &Device) -> Result<()> {
     PEAK.store(USED.load(Ordering::Relaxed), Ordering::Relaxed);
     cuda::forget_peak(device)
 }
 
 /// Bytes in use, now and at most since `forget_peak`.
-fn used_and_peak(device: &Device) -> Result<(u64, u64)> {
+pub fn used_and_peak(device: &Device) -> Result<(u64, u64)> {
     Ok(cuda::used_and_peak(device)?
         .unwrap_or((USED.load(Ordering::Relaxed), PEAK.load(Ordering::Relaxed))))
 }
