@@ -11,7 +11,9 @@ use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
 
 use super::config::Launch;
 use crate::mask::MaskArgs;
-use crate::ops::{AttentionArgs, AttentionLayout, HeadStrides, ScoreArgs};
+use crate::ops::{
+    AttentionArgs, AttentionLayout, CrossEntropyArgs, HeadStrides, RopeArgs, ScoreArgs,
+};
 
 /// The PTX of each `kernels/<op>.cu`.
 pub(crate) mod ptx {
@@ -22,6 +24,10 @@ pub(crate) mod ptx {
 unsafe impl DeviceRepr for MaskArgs {}
 // SAFETY: as above, for `struct ScoreArgs`.
 unsafe impl DeviceRepr for ScoreArgs {}
+// SAFETY: as above, for `struct RopeArgs`.
+unsafe impl DeviceRepr for RopeArgs {}
+// SAFETY: as above, for `struct CrossEntropyArgs`.
+unsafe impl DeviceRepr for CrossEntropyArgs {}
 // SAFETY: as above, for `struct AttentionArgs`.
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: as above, for `struct AttentionLayout`.
@@ -69,6 +75,14 @@ pub(crate) fn view<'a, T: CudaDType>(
         bail!("{op}: expected a contiguous tensor, got {layout:?}; call contiguous() on it")
     };
     Ok(storage.as_cuda_slice::<T>()?.slice(start..end))
+}
+
+/// The elements of a tensor on CUDA from its first one on, whatever its strides.
+pub(crate) fn strided_view<'a, T: CudaDType>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+) -> Result<CudaView<'a, T>> {
+    Ok(storage.as_cuda_slice::<T>()?.slice(layout.start_offset()..))
 }
 
 /// The view of a tensor that may be absent; a null pointer for the kernel then.
