@@ -117,7 +117,6 @@ kernels/attention_f32.cu|delta lost|s/p \* \(dy - delta\)/p * dy/
 kernels/attention_f32.cu|dq, lse past its end|s/min\(i, last_query\)/i/
 kernels/attention_f32.cu|dk, lse past its end|s/min\(i, args\.queries - 1\)/i/
 kernels/attention_f32.cu|first head of a group|s/h < \(kv_head \+ 1\) \* group/h < kv_head * group + 1/
-kernels/attention_f32.cu|dq of hidden queries|s/query\.begin < query\.end \? acc/true ? acc/
 kernels/attention_f32.cu|dv without its scale|s/dv_scale = DROPS \? drop\.scale : 1\.f/dv_scale = 1.f/
 kernels/dropout_add_norm.cu|drops by product|s/rounded<T>\(keeps\(mask, draws\[j\]\) \? kept : s\[j\]\)/rounded<T>(s[j] + v[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f))/
 kernels/dropout_add_norm.cu|statistics unrounded|s/v\[j\] = rounded<T>\(/v[j] = (/

@@ -291,4 +291,28 @@ mod tests {
         assert_eq!(launch.block, [256, 1, 1]);
         assert_eq!(softmax(1, 1024, MULTIPROCESSORS).block, [32, 8, 1]);
     }
+
+    #[test]
+    fn attention_stays_within_the_shared_memory_of_every_architecture() {
+        // sm_86 and sm_120 give a block the least: 99 KiB.
+        const MOST: u32 = 99 << 10;
+        let passes = [AttentionPass::Fwd, AttentionPass::BwdDq, AttentionPass::BwdDkdv];
+        for pass in passes {
+            for head_size in ATTENTION_HALF_HEAD_SIZES {
+                let launch = attention_half(pass, head_size, 3, 1000);
+                assert!(launch.shared_bytes <= MOST, "{pass:?}, {head_size} columns: {launch:?}");
+            }
+            for head_size in ATTENTION_F32_HEAD_SIZES {
+                let threads = threads(attention_f32(pass, head_size, 3, 1000));
+                assert!(threads <= 256 && threads.is_multiple_of(32), "{pass:?}, {head_size}");
+            }
+            let sources = [
+                include_str!("../../kernels/attention.cu"),
+                include_str!("../../kernels/attention_f32.cu"),
+            ];
+            for source in sources {
+                assert!(source.contains(pass.kernel()), "{pass:?}");
+            }
+        }
+    }
 }

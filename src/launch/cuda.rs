@@ -4,9 +4,9 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     CUdevice_attribute, CUfunction_attribute_enum,
 };
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaSlice, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaDType, CudaFunc, WrapErr};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
 
 use super::config::Launch;
@@ -121,10 +121,10 @@ pub(crate) fn load_with_shared_memory(
     name: &str,
     (module, ptx): (&str, &str),
     launch: Launch,
-) -> Result<CudaFunc> {
+) -> Result<CudaFunction> {
     /// What every kernel may use without asking.
     const DEFAULT_BYTES: u32 = 48 << 10;
-    let kernel = device.get_or_load_custom_func(name, module, ptx)?;
+    let kernel = device.get_or_load_custom_func(name, module, ptx)?.into_cuda_function();
     if launch.shared_bytes > DEFAULT_BYTES {
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let limit = device.cuda_stream().context().attribute(limit).w()?;

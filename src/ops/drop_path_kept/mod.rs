@@ -21,7 +21,7 @@ const NAME: &str = "drop_path_kept";
 ///
 /// The samples that `drop` keeps are gathered, `branch` runs on them alone, and its scaled result is
 /// added to the residual at their places. Output and gradients are those of
-/// [`drop_path_add`](crate::drop_path_add)`(branch(x), residual, depth, drop)`, bit for bit, if `branch`
+/// [`drop_path_add`]`(branch(x), residual, depth, drop)`, bit for bit, if `branch`
 /// treats each sample by itself (as everything but batch normalisation does).
 ///
 /// # Shapes
