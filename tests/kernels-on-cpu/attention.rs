@@ -613,7 +613,9 @@ pub fn layouts() -> Vec<Form> {
     let mut forms = Vec::new();
     for order in [Order::HeadsFirst, Order::Projection, Order::Packed, Order::Spread, Order::Odd] {
         for (head_size, offset) in [(32, 0), (32, 1), (9, 0), (14, 2), (40, 8)] {
-            let form = Form::with_heads([2, 4, 2], [21, 21, head_size], 0.2);
+            // 24 rows of odd stride are whole vectors again, so samples begin at 16-byte boundaries.
+            let rows = if order == Order::Odd { 24 } else { 21 };
+            let form = Form::with_heads([2, 4, 2], [rows, rows, head_size], 0.2);
             forms.push(Form { order, offset, ..form.causal() });
         }
     }
