@@ -601,7 +601,8 @@ impl Transformer {
     }
 
     /// Logits of the token that follows `ids`, which follow the tokens in the caches and are added
-    /// to them. No dropout is applied.
+    /// to them. No dropout is applied. It is made for generation: no gradient passes through cached
+    /// keys and values, so train with [`forward`](Self::forward).
     ///
     /// # Shapes
     /// `ids [B, T]` of u32 with the `B` of the caches -> logits `[B, vocab_size]`.

@@ -229,7 +229,10 @@ fn buffers_that_no_model_asks_for_may_have_any_dtype() -> Result<()> {
     let vars = VarMap::new();
     let vb = pretrained_var_builder(&vars, &dir, DType::F32, &Device::Cpu)?;
     let refused = vb.get(2, "transformer.h.0.attn.bias").unwrap_err().to_string();
-    assert!(refused.contains("checkpoint: transformer.h.0.attn.bias: expected a dtype"), "{refused}");
+    assert!(
+        refused.contains("checkpoint: transformer.h.0.attn.bias: expected a dtype"),
+        "{refused}"
+    );
     assert!(vars.all_vars().is_empty());
     std::fs::remove_dir_all(dir)?;
     Ok(())
