@@ -76,7 +76,9 @@ kernels/cross_entropy.cu|first maximum stays|s/if \(grown > max\) \{/if (grown >
 kernels/cross_entropy.cu|sum not rescaled|s/exponentials \*= exponential<T>\(max - grown\);.*/exponentials *= 1.f;/
 kernels/cross_entropy.cu|threads not rescaled|s/exponential<T>\(thread_max - sums\.shift\(\)\);.*/1.f;/
 kernels/cross_entropy.cu|ignored rows count|s/args\.ignored\(targets\[r\]\) \? 0\. : 1\./1./
-kernels/cross_entropy.cu|smoothing lost|s/if \(args\.uniform != 0\.\) \{/if (false) {/
+kernels/cross_entropy.cu|smoothing lost|s/if \(args\.uniform != 0\. && of_target != -INFINITY\)/if (false)/
+kernels/cross_entropy.cu|smoothing of logits as they are|s/above_target \+= x\[j\] - of_target/above_target += x[j]/
+kernels/cross_entropy.cu|masked target not told apart|s/ && of_target != -INFINITY\) loss/) loss/
 kernels/cross_entropy.cu|target read unchecked|s/const bool is_class = args\.is_class\(target\);/const bool is_class = true;/
 kernels/cross_entropy.cu|head of a row lost|s/body\(i < head \? i : i \+ middle\)/body(i + middle)/
 kernels/cross_entropy.cu|rows all aligned|s/head = min\(uint64_t\(-reinterpret.*/head = 0;/

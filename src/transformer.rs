@@ -5,9 +5,9 @@
 //! 1603.09382). The styles share attention, residual branches and generation; they differ in norm,
 //! positions, MLP and in the names and layout of their weights, which are those of Hugging Face.
 //!
-//! Shapes: `B` sequences of `T` tokens, `C = hidden_size`, `H` heads of `D` elements, `Hkv` heads of
-//! keys and values, `S` keys (`T`, or more with a cache), `I` columns inside the MLP, `V` tokens in
-//! the vocabulary.
+//! Shapes: `B` sequences of `T` tokens, `C = hidden_size`, `H` heads of `D` elements, `Hkv` heads
+//! of keys and values, `S` keys (`T`, or more with a cache), `I` columns inside the MLP, `V` tokens
+//! in the vocabulary.
 
 mod checkpoint;
 mod config;

@@ -47,8 +47,8 @@ impl Transformer {
 /// same names.
 ///
 /// # Errors
-/// A file is missing or no safetensors file. `get` fails if the checkpoint lacks a weight or holds one
-/// of another shape: nothing is initialised at random.
+/// A file is missing or no safetensors file. `get` fails if the checkpoint lacks a weight or holds
+/// one of another shape: nothing is initialised at random.
 ///
 /// # Example
 /// ```no_run
@@ -84,8 +84,8 @@ fn read(path: &Path) -> Result<String> {
     }
 }
 
-/// The weights of a checkpoint as the bytes of its files: a tensor is made of one that is asked for,
-/// so that buffers of dtypes that candle does not have stand in nobody's way.
+/// The weights of a checkpoint as the bytes of its files: a tensor is made of one that is asked
+/// for, so that buffers of dtypes that candle does not have stand in nobody's way.
 struct Checkpoint(Vec<BufferedSafetensors>);
 
 impl Checkpoint {

@@ -86,10 +86,11 @@ pub struct TransformerConfig {
     /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare
     /// with.
     pub fused: bool,
-    /// Whether attention is one fused op, [`attention()`](crate::attention()), whose memory grows with
-    /// the length of the sequence (the default), or materialises its scores around
-    /// [`softmax_dropout`](crate::softmax_dropout()). Both draw the same masks. On CUDA the fused op takes
-    /// heads of at most 256 columns, and halves from compute capability 8.0 on. Without `fused`, no effect.
+    /// Whether attention is one fused op, [`attention()`](crate::attention()), whose memory grows
+    /// with the length of the sequence (the default), or materialises its scores around
+    /// [`softmax_dropout`](crate::softmax_dropout()). Both draw the same masks. On CUDA the fused
+    /// op takes heads of at most 256 columns, and halves from compute capability 8.0 on. Without
+    /// `fused`, no effect.
     pub flash_attention: bool,
 }
 
@@ -174,8 +175,9 @@ impl TransformerConfig {
     ///
     /// # Errors
     /// A size is 0; the heads do not divide the width, or the heads of keys and values the heads; a
-    /// rotary head has an odd width; `hidden_act` does not suit the architecture; a drop probability
-    /// lies outside 0 to 1; `norm_eps`, `rope_theta` or `initializer_range` is not a positive number.
+    /// rotary head has an odd width; `hidden_act` does not suit the architecture; a drop
+    /// probability lies outside 0 to 1; `norm_eps`, `rope_theta` or `initializer_range` is not a
+    /// positive number.
     pub fn validate(&self) -> Result<()> {
         let sizes = [
             ("vocab_size", self.vocab_size),
