@@ -1,4 +1,27 @@
-// attention, f16 and bf16 on tensor cores: softmax(q k^T) v with dropout, never in memory as a whole.
+// attention, f16 and bf16 on tensor cores: softmax(q k^T) v with dropout, never in memory as a whole. Twin of
+// src/ops/attention/cpu.rs. After Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
+//
+//     s = scale * q·k      s = softcap * tanh(s / softcap)      t = s - slope * |i + Sk - Sq - j|
+//     P = softmax(t) over the visible keys        y = keep ? P * drop.scale : 0
+//     forward   o = y v,  lse = ln sum exp(t)
+//     backward  delta = sum of o do over D        dP = keep ? drop.scale * do·v : 0
+//               dt = P (dP - delta)               ds = dt * (1 - (s / softcap)^2)
+//               dq = scale * ds k                 dk = scale * ds^T q        dv = y^T do
+//
+// q, o, do, dq [B, H, Sq, D]; k, v, dk, dv [B, Hkv, Sk, D], strided but for D; lse, delta [B, H, Sq], f32,
+// contiguous. D is that of the instance or less. Query head h reads key and value head h / (H / Hkv).
+// Products of halves are summed in f32; P, y and ds pass through the dtype on their way into a product. A query
+// that sees no key gives zeros and lse = inf. Of a key that no query of a tile sees, nothing is read, so neither
+// NaN nor inf; where only some see it, the others get 0 * v, as in the product of materialised probabilities.
+// FLOPs: 4 Sq Sk D a head forward, 8 for dk and dv, 6 for dq, of tiles with a visible key only. Bytes are few:
+// a tile of keys and values serves all queries of its block, and lies in L2.
+//
+// A block of 4 warps takes a tile of queries (dk and dv: of keys, for all heads that share them, so that sums need
+// no atomics and results repeat bit for bit) and walks over the other side in tiles that cp.async loads while
+// the one before is worked on. blockIdx.x = (batch * heads + head) * tiles + tile. Dropout costs no memory and no
+// barrier: attention_tiles.cuh says how draws meet their scores. p = 0 has kernels of its own, without draws.
+// 16-byte copies where D, all strides and all tensors are multiples of 16 bytes; else tiles are filled element by
+// element, and everything else stays as it is.
 #include "attention_tiles.cuh"
 
 namespace {

@@ -116,7 +116,7 @@ __device__ __forceinline__ void load_rows(Bits* tile, const HeadRows& rows, int 
         Bits* to = tile + first_row * D;
         // Of a row that is not read the address is made up, but not accessed.
         const Bits* from = rows.start + (int(opaque(first)) + first_row) * rows.stride + chunk * WIDTH;
-        if (first >= rows.begin && first + ROWS <= rows.end && head_size == D) {
+        if (first >= rows.begin && first + ROWS <= rows.end && head_size == D) {  // tail
 #pragma unroll
             for (int row = 0; row < ROWS; row += STEP) {
                 cp_async_16(to + row * D + (swizzled ^ Tile<D>::swizzle(row)) * WIDTH, from, true);
@@ -195,7 +195,7 @@ __device__ __forceinline__ void put_rows(Bits* tile, int first, int first_col, c
 
 // ---- Products ---------------------------------------------------------------------------------------
 
-// The fragments A of 16 M rows of a tile. KEPT: in registers, once `load` was called; else loaded anew.
+// The fragments A of 16 M rows of a tile, `lane` being the caller's. KEPT: in registers, once `load` was called; else loaded anew.
 template <int D, int M, bool KEPT>
 struct Fragments {
     const Bits* tile;
@@ -264,7 +264,8 @@ __device__ __forceinline__ void multiply_values(float (&o)[M][D / 8][4], const u
     }
 }
 
-// x += Y^T R for 16 M columns of the tile Y [ROWS, KEYS], from first_key on, and 8 N of R [ROWS, D], from first_col on.
+// x += Y^T R for 16 M columns of the tile Y [ROWS, KEYS] from first_key on, and 8 N of R [ROWS, D] from
+// first_col on.
 template <int D, int KEYS, int ROWS, typename T, int M, int N>
 __device__ __forceinline__ void multiply_transposed(float (&x)[M][N][4], const Bits* y, int first_key, const Bits* r,
                                                     int first_col) {
@@ -308,7 +309,8 @@ struct RowStatistics {
 };
 
 // Rows that do not exist, and those that see nothing, have probabilities 0.
-__device__ __forceinline__ RowStatistics row_statistics(const float* lse, const float* delta, uint64_t row, bool exists) {
+__device__ __forceinline__ RowStatistics row_statistics(const float* lse, const float* delta, uint64_t row,
+                                                        bool exists) {
     RowStatistics statistics = {INFINITY, 0.f};
     if (exists) statistics.lse = lse[row] * LOG2_E - LOG2_RAISED;  // tail
     if (statistics.lse != INFINITY) statistics.delta = delta[row] / RAISED;
@@ -333,7 +335,7 @@ struct Scores {
 
     __device__ __forceinline__ bool is_capped() const { return args.softcap != 0.; }
 
-    // Computed where they are needed: registers are scarce, and most attentions are plain.
+    // Computed where they are needed (see `opaque`): registers are scarce, and most attentions are plain.
     __device__ __forceinline__ Logits logits(uint32_t head) const { return Logits(args, alibi_slopes, opaque(head)); }
 };
 
@@ -373,8 +375,8 @@ __device__ __forceinline__ void hide(float (&s)[M][N][4], const AttentionArgs& a
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int j = key + key_of(n) + e;
-                    if (j < begin) s[m][n][2 * h + e] = -INFINITY;
-                    if (j >= end) s[m][n][2 * h + e] = -INFINITY;
+                    if (j < begin) s[m][n][2 * h + e] = -INFINITY;  // tail
+                    if (j >= end) s[m][n][2 * h + e] = -INFINITY;   // tail
                 }
             }
         }
