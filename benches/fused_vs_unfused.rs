@@ -9,13 +9,16 @@
 //! `plain_copy` and `plain_add` write to one warm buffer instead; to compare the inner loops alone,
 //! have malloc reuse warm memory too: `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`.
 //!
-//! Throughput counts the bytes that have to move: each input read and each output written once.
+//! Throughput counts the bytes that have to move: each input read and each output written once; of
+//! attention, whose arithmetic is the limit, multiply-adds.
 
 use std::hint::black_box;
 
-use candle_core::{D, Device, Result, Tensor, Var};
+use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_dropout::{
-    AttentionMask, DropMask, MaskKey, dropout, dropout_add, reference, softmax_dropout,
+    AttentionConfig, AttentionMask, CrossEntropyConfig, DropMask, MaskKey, Rope, RopeConfig,
+    StochasticDepth, attention, cross_entropy, drop_path_add, drop_path_kept, dropout, dropout_add,
+    reference, softmax_dropout,
 };
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
@@ -169,9 +172,186 @@ fn dropouts(c: &mut Criterion) {
     );
 }
 
+/// Attention in one op against its scores materialised around `softmax_dropout`, causal and not.
+fn attentions(c: &mut Criterion) {
+    // [B, H, S, D]; so few elements mean that the bench is only to run.
+    let shapes: &[[usize; 4]] = match rows() >= 1 << 10 {
+        true => &[[4, 8, 256, 64], [1, 8, 1024, 64], [1, 4, 2048, 64], [1, 4, 1024, 128]],
+        false => &[[1, 2, 64, 32]],
+    };
+    for dims in shapes {
+        let var = |seed| {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let x = (0..dims.iter().product()).map(|_| rng.random_range(-2f32..2.)).collect();
+            Var::from_tensor(&Tensor::from_vec(x, &dims[..], &Device::Cpu).unwrap()).unwrap()
+        };
+        let (q, k, v) = (var(1), var(2), var(3));
+        for (causal, drop_p) in [(false, 0.), (false, DROP_P), (true, 0.), (true, DROP_P)] {
+            let drop = DropMask::new(drop_p, MaskKey::new(42)).unwrap();
+            let fused = || {
+                let config = AttentionConfig { causal, ..Default::default() };
+                attention(&q, &k, &v, &config, &drop)
+            };
+            let materialised = || {
+                let mask = if causal { AttentionMask::Causal } else { AttentionMask::None };
+                let scale = 1. / (dims[3] as f64).sqrt();
+                softmax_dropout(&q.matmul(&k.t()?)?, scale, &mask, &drop)?.matmul(&v)
+            };
+            let gradient =
+                |y: &Tensor| y.sqr().unwrap().backward().unwrap().get(&k).unwrap().clone();
+            let (ours, exact) = (fused().unwrap(), materialised().unwrap());
+            assert_close(&ours, &exact);
+            assert_close(&gradient(&ours), &gradient(&exact));
+
+            let of = if causal { "causal" } else { "full" };
+            let mut group = c.benchmark_group(format!("attention/{dims:?}/{of}/drop_p {drop_p}"));
+            // Throughput: multiply-adds of the two products of the forward pass, and of the five of backward.
+            let products = dims.iter().product::<usize>() as u64 * dims[2] as u64 * 2;
+            let products = products / if causal { 2 } else { 1 };
+            let mut time = |name: &str, products, run: &dyn Fn()| {
+                group.throughput(Throughput::Elements(products));
+                group.bench_function(name, |bencher| bencher.iter(run));
+            };
+            let backward = |y: Result<Tensor>| drop_of(y.unwrap().backward().unwrap());
+            time("fused/forward", products, &|| drop_of(fused().unwrap()));
+            time("materialised/forward", products, &|| drop_of(materialised().unwrap()));
+            time("fused/forward_backward", products * 7 / 2, &|| backward(fused()));
+            time("materialised/forward_backward", products * 7 / 2, &|| backward(materialised()));
+            group.finish();
+        }
+    }
+}
+
+/// Drops a result that must have been computed.
+fn drop_of<T>(result: T) {
+    black_box(result);
+}
+
+/// Times a closure that moves so many bytes.
+fn time_bytes<T>(
+    group: &mut BenchmarkGroup<WallTime>,
+    name: &str,
+    bytes: usize,
+    mut run: impl FnMut() -> T,
+) {
+    group.throughput(Throughput::Bytes(bytes as u64));
+    group.bench_function(name, |bencher| bencher.iter(|| black_box(run())));
+}
+
+/// Output and gradient, checked against each other, then timed.
+fn compare_exactly(
+    c: &mut Criterion,
+    name: &str,
+    x: &Var,
+    [forward, backward]: [usize; 2],
+    fused: impl Fn() -> Result<Tensor>,
+    candle: impl Fn() -> Result<Tensor>,
+) {
+    let gradient = |y: Tensor| y.sqr().unwrap().backward().unwrap().get(x).unwrap().clone();
+    let (ours, theirs) = (fused().unwrap(), candle().unwrap());
+    assert_close(&ours, &theirs);
+    assert_close(&gradient(ours), &gradient(theirs));
+    let mut group = c.benchmark_group(name);
+    time_bytes(&mut group, "fused/forward", forward, || fused().unwrap());
+    time_bytes(&mut group, "candle/forward", forward, || candle().unwrap());
+    let both = forward + backward;
+    time_bytes(&mut group, "fused/forward_backward", both, || fused().unwrap().backward().unwrap());
+    time_bytes(&mut group, "candle/forward_backward", both, || {
+        candle().unwrap().backward().unwrap()
+    });
+    group.finish();
+}
+
+/// Queries of 8 heads of 64 elements at 128 positions. Candle's fast `rope` has no backward pass, its
+/// `rope_slow` has.
+fn ropes(c: &mut Criterion) {
+    const DIMS: [usize; 3] = [8, 128, 64];
+    let x = random(1).flatten_all().unwrap();
+    let batch = (x.elem_count() / DIMS.iter().product::<usize>()).max(1);
+    let elements = batch * DIMS.iter().product::<usize>();
+    let x = x.narrow(0, 0, elements.min(x.elem_count())).unwrap();
+    let x = x.reshape((batch, DIMS[0], DIMS[1], DIMS[2])).unwrap();
+    let x = Var::from_tensor(&x).unwrap();
+    let config = RopeConfig { head_size: DIMS[2], max_positions: DIMS[1], ..Default::default() };
+    let table = Rope::new(&config, DType::F32, &Device::Cpu).unwrap();
+    compare_exactly(
+        c,
+        "rope",
+        &x,
+        [8 * elements; 2],
+        || table.rotate(&x, 0),
+        || candle_nn::rotary_emb::rope_slow(&x, table.cos(), table.sin()),
+    );
+    let mut group = c.benchmark_group("rope");
+    time_bytes(&mut group, "candle_without_backward/forward", 8 * elements, || {
+        candle_nn::rotary_emb::rope(&x, table.cos(), table.sin()).unwrap()
+    });
+    group.finish();
+}
+
+/// A small vocabulary and GPT-2's.
+fn cross_entropies(c: &mut Criterion) {
+    for classes in [96, 50_257] {
+        let x = random(1).flatten_all().unwrap();
+        let rows = x.elem_count() / classes;
+        let x = x.narrow(0, 0, rows * classes).unwrap().reshape((rows, classes)).unwrap();
+        let x = Var::from_tensor(&x).unwrap();
+        let target = |row: usize| (row * 7919 % classes) as u32;
+        let targets: Vec<u32> = (0..rows).map(target).collect();
+        let targets = Tensor::from_vec(targets, rows, &Device::Cpu).unwrap();
+        let config = CrossEntropyConfig::default();
+        compare_exactly(
+            c,
+            &format!("cross_entropy/{classes}"),
+            &x,
+            [4 * rows * classes, 8 * rows * classes],
+            || cross_entropy(&x, &targets, &config),
+            || candle_nn::loss::cross_entropy(&x, &targets),
+        );
+    }
+}
+
+/// An MLP under stochastic depth per sample, all samples computed and masked or the kept ones alone.
+fn kept_samples(c: &mut Criterion) {
+    const SAMPLES: usize = 64;
+    let t = (rows() / SAMPLES / 4).clamp(1, 64);
+    let c_embd = 256;
+    let weight = |rows: usize, cols: usize, seed| {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let w: Vec<f32> = (0..rows * cols).map(|_| rng.random_range(-0.1..0.1)).collect();
+        Var::from_tensor(&Tensor::from_vec(w, (rows, cols), &Device::Cpu).unwrap()).unwrap()
+    };
+    let x = weight(SAMPLES * t, c_embd, 1).reshape((SAMPLES, t, c_embd)).unwrap();
+    let x = Var::from_tensor(&x).unwrap();
+    let (up, down) = (weight(c_embd, 4 * c_embd, 2), weight(4 * c_embd, c_embd, 3));
+    let branch = |x: &Tensor| -> Result<Tensor> {
+        let (b, t, c) = x.dims3()?;
+        x.reshape((b * t, c))?.matmul(&up)?.relu()?.matmul(&down)?.reshape((b, t, c))
+    };
+    for drop_p in [0.1, 0.4] {
+        let drop = DropMask::new(drop_p, MaskKey::new(42)).unwrap();
+        let row = StochasticDepth::Row;
+        let kept = || drop_path_kept(&x, &x, row, &drop, branch);
+        let masked = || drop_path_add(&branch(&x)?, &x, row, &drop);
+        let gradient = |y: Tensor| y.sqr().unwrap().backward().unwrap().get(&x).unwrap().clone();
+        assert_close(&kept().unwrap(), &masked().unwrap());
+        assert_close(&gradient(kept().unwrap()), &gradient(masked().unwrap()));
+        let mut group = c.benchmark_group(format!("drop_path_kept/{drop_p}"));
+        group.bench_function("kept/forward", |b| b.iter(|| kept().unwrap()));
+        group.bench_function("masked/forward", |b| b.iter(|| masked().unwrap()));
+        group.bench_function("kept/forward_backward", |b| {
+            b.iter(|| kept().unwrap().backward().unwrap())
+        });
+        group.bench_function("masked/forward_backward", |b| {
+            b.iter(|| masked().unwrap().backward().unwrap())
+        });
+        group.finish();
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10);
-    targets = add, dropouts
+    targets = add, dropouts, attentions, ropes, cross_entropies, kept_samples
 }
 criterion_main!(benches);

@@ -385,15 +385,12 @@ __device__ __forceinline__ void attention_bwd_dq(const float* __restrict__ q, co
     const float scale = float(args.scale);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        const Query query(args, drop, length, head, first_query + place.row + 4 * r);
         const uint32_t i = first_query + place.row + 4 * r;
         if (i >= args.queries) continue;  // tail
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
 #pragma unroll
-            for (int c = 0; c < 8; ++c) {
-                acc[chunk][r][c] = query.begin < query.end ? acc[chunk][r][c] * scale : 0.f;
-            }
+            for (int c = 0; c < 8; ++c) acc[chunk][r][c] *= scale;
             store_row(dq_head + i * grads.q.row, chunk * TILE_ROWS, place.eighth, head_size, vector, acc[chunk][r]);
         }
     }

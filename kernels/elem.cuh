@@ -24,6 +24,12 @@ __device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_
 template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+// Halves round to 8 or 11 bits, so the fast exponential is exact enough for them.
+template <typename T>
+__device__ __forceinline__ float exponential(float x) {
+    return sizeof(T) == 2 ? __expf(x) : expf(x);
+}
+
 // Two halves in a 32-bit word, the lower one first.
 __device__ __forceinline__ float2 unpack(uint32_t word, __half) {
     return {__half2float(__ushort_as_half(uint16_t(word))), __half2float(__ushort_as_half(uint16_t(word >> 16)))};

@@ -38,12 +38,6 @@ static_assert(sizeof(ScoreArgs) == 104 && offsetof(ScoreArgs, additive_rows) == 
                   offsetof(ScoreArgs, grad_scale) == 88 && offsetof(ScoreArgs, causal) == 96,
               "as src/ops/softmax_dropout/mask.rs lays it out");
 
-// Halves round to 8 or 11 bits, so the fast exponential is exact enough for them.
-template <typename T>
-__device__ __forceinline__ float exponential(float x) {
-    return sizeof(T) == 2 ? __expf(x) : expf(x);
-}
-
 template <bool VECTOR, typename T>
 struct Row {
     const T* scores;

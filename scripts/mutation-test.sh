@@ -63,6 +63,25 @@ kernels/dropout_add.cu|sums drop by product|s/keeps\(mask, draws\[j\]\) \? g\[j\
 kernels/dropout_add.cu|sums, aligned draws|/g\[WIDTH\];/,/float v/s/VECTOR \? draw\(mask/true ? draw(mask/
 kernels/drop_path_add.cu|window row lost|s/mask\.rows\.map\(0\)/0/
 kernels/drop_path_add.cu|adds what is dropped|s/\} else if \(keep\) \{/} else {/
+kernels/drop_path_kept.cu|adds what is dropped|s/\} else if \(keep\) \{/} else {/
+kernels/drop_path_kept.cu|place unused|s/keep \? place \* size : 0/keep ? sample * size : 0/
+kernels/drop_path_kept.cu|scale lost|s/__fmul_rn\(v\[j\], scale\)/v[j]/
+kernels/rope.cu|rotates forwards|s/s\[j\] \*= args\.sin_sign/s[j] *= 1.f/
+kernels/rope.cu|first element overwritten|s/x2 = __fadd_rn\(__fmul_rn\(x1, sin\)/x2 = __fadd_rn(__fmul_rn(y1, sin)/
+kernels/rope.cu|tables of one batch|s/batch \* args\.table_stride \+ position/position/
+kernels/rope.cu|strides unused|s/position \* args\.x_strides\[2\]/position * head_size/
+kernels/rope.cu|aligned strides|s/\(args\.half \| strides\) % WIDTH/args.half % WIDTH/
+kernels/rope.cu|second half of the angles lost|s/high\[2 \* \(j - HALF\) \+ 1\], cos\[j\]/high[2 * (j - HALF) + 1], cos[j - HALF]/
+kernels/cross_entropy.cu|first maximum stays|s/if \(grown > max\) \{/if (grown > max \&\& max == -INFINITY) {/
+kernels/cross_entropy.cu|sum not rescaled|s/exponentials \*= exponential<T>\(max - grown\);.*/exponentials *= 1.f;/
+kernels/cross_entropy.cu|threads not rescaled|s/exponential<T>\(thread_max - sums\.shift\(\)\);.*/1.f;/
+kernels/cross_entropy.cu|ignored rows count|s/args\.ignored\(targets\[r\]\) \? 0\. : 1\./1./
+kernels/cross_entropy.cu|smoothing lost|s/if \(args\.uniform != 0\.\) \{/if (false) {/
+kernels/cross_entropy.cu|target read unchecked|s/const bool is_class = args\.is_class\(target\);/const bool is_class = true;/
+kernels/cross_entropy.cu|head of a row lost|s/body\(i < head \? i : i \+ middle\)/body(i + middle)/
+kernels/cross_entropy.cu|rows all aligned|s/head = min\(uint64_t\(-reinterpret.*/head = 0;/
+kernels/cross_entropy.cu|target of the vector|s/target - int64_t\(parts\.head \+ col\)/target - int64_t(col)/
+kernels/cross_entropy.cu|other alignment of the gradient|s/\) % 16 == 0;/) % 16 >= 0;/
 kernels/softmax_dropout.cu|queries of all heads|s/row % queries/row/
 kernels/softmax_dropout.cu|gradient scale|s/float\(args\.grad_scale\)/float(args.scale)/
 kernels/softmax_dropout.cu|drops by product|s/keeps\(drop, draws\[j\]\) \? e\[j\] \* scale : 0\.f/e[j] * (keeps(drop, draws[j]) ? scale : 0.f)/
@@ -98,7 +117,6 @@ kernels/attention_f32.cu|delta lost|s/p \* \(dy - delta\)/p * dy/
 kernels/attention_f32.cu|dq, lse past its end|s/min\(i, last_query\)/i/
 kernels/attention_f32.cu|dk, lse past its end|s/min\(i, args\.queries - 1\)/i/
 kernels/attention_f32.cu|first head of a group|s/h < \(kv_head \+ 1\) \* group/h < kv_head * group + 1/
-kernels/attention_f32.cu|dq of hidden queries|s/query\.begin < query\.end \? acc/true ? acc/
 kernels/attention_f32.cu|dv without its scale|s/dv_scale = DROPS \? drop\.scale : 1\.f/dv_scale = 1.f/
 kernels/dropout_add_norm.cu|drops by product|s/rounded<T>\(keeps\(mask, draws\[j\]\) \? kept : s\[j\]\)/rounded<T>(s[j] + v[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f))/
 kernels/dropout_add_norm.cu|statistics unrounded|s/v\[j\] = rounded<T>\(/v[j] = (/

@@ -35,15 +35,16 @@ pub(crate) trait Real:
     const NEG_INFINITY: Self;
     fn from_f32(x: f32) -> Self;
     fn from_f64(x: f64) -> Self;
+    /// The elements of a storage, if they are of this type.
+    fn elements(storage: &CpuStorage) -> Result<&[Self]>;
+    fn storage(elements: Vec<Self>) -> CpuStorage;
+    fn to_f64(self) -> f64;
+    fn ln(self) -> Self;
     /// `self * a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
-    fn ln(self) -> Self;
     fn tanh(self) -> Self;
     fn recip(self) -> Self;
     fn sqrt(self) -> Self;
-    /// A vector as the storage of a tensor on the CPU.
-    fn storage(elements: Vec<Self>) -> CpuStorage;
-    fn slice(storage: &CpuStorage) -> Result<&[Self]>;
     /// `e^self` for `self <= 0`; within 2 units in the last place, and an exact 0 for -inf.
     fn exp_of_nonpositive(self) -> Self;
     fn abs(self) -> Self;
@@ -175,6 +176,17 @@ pub(crate) fn slice<'a, E: Element>(
     Ok(&E::cpu_storage_as_slice(storage)?[start..end])
 }
 
+/// The elements of a contiguous tensor on the CPU whose dtype is one that is computed in.
+pub(crate) fn reals<'a, R: Real>(
+    op: &str,
+    (storage, layout): (&'a CpuStorage, &Layout),
+) -> Result<&'a [R]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("{op}: expected a contiguous tensor, got {layout:?}; call contiguous() on it")
+    };
+    Ok(&R::elements(storage)?[start..end])
+}
+
 /// A vector of elements as the storage of a tensor on the CPU.
 pub(crate) fn storage<E: Element>(elements: Vec<E>) -> CpuStorage {
     E::to_cpu_storage_owned(elements)
@@ -237,12 +249,6 @@ impl Real for f32 {
     const ONE: Self = 1.;
     const INFINITY: Self = f32::INFINITY;
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
-    fn storage(elements: Vec<Self>) -> CpuStorage {
-        storage(elements)
-    }
-    fn slice(storage: &CpuStorage) -> Result<&[Self]> {
-        Self::cpu_storage_as_slice(storage)
-    }
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         x
@@ -251,13 +257,23 @@ impl Real for f32 {
     fn from_f64(x: f64) -> Self {
         x as f32
     }
+    fn elements(storage: &CpuStorage) -> Result<&[Self]> {
+        Self::cpu_storage_as_slice(storage)
+    }
+    fn storage(elements: Vec<Self>) -> CpuStorage {
+        Self::to_cpu_storage_owned(elements)
+    }
     #[inline(always)]
-    fn mul_add(self, a: Self, b: Self) -> Self {
-        f32::mul_add(self, a, b)
+    fn to_f64(self) -> f64 {
+        f64::from(self)
     }
     #[inline(always)]
     fn ln(self) -> Self {
         f32::ln(self)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f32::mul_add(self, a, b)
     }
     /// The Cephes polynomial near 0, where 1 minus an exponential would cancel.
     #[inline(always)]
@@ -265,7 +281,7 @@ impl Real for f32 {
         let (x, x2) = (self.abs(), self * self);
         let e = (-2. * x).exp_of_nonpositive();
         let mut p = -5.704_988_6e-3f32;
-        for c in [2.063_908_6e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+        for c in [2.063_908_6e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1] {
             p = p * x2 + c;
         }
         let far = (1. - e) / (1. + e);
@@ -341,12 +357,6 @@ impl Real for f64 {
     const ONE: Self = 1.;
     const INFINITY: Self = f64::INFINITY;
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
-    fn storage(elements: Vec<Self>) -> CpuStorage {
-        storage(elements)
-    }
-    fn slice(storage: &CpuStorage) -> Result<&[Self]> {
-        Self::cpu_storage_as_slice(storage)
-    }
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         f64::from(x)
@@ -355,13 +365,23 @@ impl Real for f64 {
     fn from_f64(x: f64) -> Self {
         x
     }
+    fn elements(storage: &CpuStorage) -> Result<&[Self]> {
+        Self::cpu_storage_as_slice(storage)
+    }
+    fn storage(elements: Vec<Self>) -> CpuStorage {
+        Self::to_cpu_storage_owned(elements)
+    }
     #[inline(always)]
-    fn mul_add(self, a: Self, b: Self) -> Self {
-        f64::mul_add(self, a, b)
+    fn to_f64(self) -> f64 {
+        self
     }
     #[inline(always)]
     fn ln(self) -> Self {
         f64::ln(self)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f64::mul_add(self, a, b)
     }
     #[inline(always)]
     fn tanh(self) -> Self {

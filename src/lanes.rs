@@ -30,6 +30,23 @@ pub(crate) fn lane_sum<R: Real>(len: usize, term: impl Fn(usize) -> R) -> R {
     totals.into_iter().sum()
 }
 
+/// `Σ term(x[j])`, as [`lane_sum`] adds up; a slice of chunks needs no check of its bounds.
+#[inline(always)]
+pub(crate) fn slice_sum<R: Real>(x: &[R], term: impl Fn(R) -> R) -> R {
+    let mut totals = [R::ZERO; LANES];
+    for block in x.chunks(BLOCK) {
+        let mut sums = [R::ZERO; LANES];
+        let chunks = block.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += term(*x));
+        }
+        sums.iter_mut().zip(rest).for_each(|(sum, x)| *sum += term(*x));
+        totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+    }
+    totals.into_iter().sum()
+}
+
 /// The largest element; NaN is passed over.
 #[inline(always)]
 pub(crate) fn lane_max<R: Real>(x: &[R]) -> R {

@@ -2,10 +2,12 @@
 //! the very same masks, gradients that arrive, and no stored masks.
 //!
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
-//!   [`softmax_dropout`], [`attention`], [`drop_path_add`]. Each takes a [`DropMask`], which says what is dropped.
-//! - Layers: [`Dropout`], [`DropPath`], [`LayerNorm`], [`RmsNorm`]. They draw masks from a
-//!   [`MaskGenerator`], one key a call, and only in training.
-//! - A model: [`Gpt`], and [`seeded_var_builder`] for repeatable weights.
+//!   [`softmax_dropout`], [`attention()`], [`drop_path_add`], [`drop_path_kept`]. Each takes a
+//!   [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take none.
+//! - Layers: [`Dropout`], [`DropPath`], [`MultiHeadAttention`], [`LayerNorm`], [`RmsNorm`]. They draw
+//!   masks from a [`MaskGenerator`], one key a call, and only in training.
+//! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
+//!   weights, [`seeded_var_builder`] makes repeatable ones.
 //!
 //! # The mask law
 //! One pure function of a key and a coordinate decides what is dropped: the last dimension of a tensor
@@ -48,15 +50,18 @@ mod transformer;
 pub use candle_nn::LayerNormConfig;
 pub use init::seeded_var_builder;
 pub use layers::{
-    DropPath, Dropout, LayerNorm, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm, set_seed,
+    DropPath, Dropout, LayerNorm, MultiHeadAttention, MultiHeadAttentionConfig, RmsNorm, Rope,
+    RopeConfig, RopeScaling, layer_norm, layer_norm_no_bias, rms_norm, set_seed,
 };
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::{
-    Activation, AttentionConfig, AttentionMask, Norm, StochasticDepth, activation_dropout,
-    attention, attention_qkv, drop_path_add, dropout, dropout_add, dropout_add_norm,
-    softmax_dropout,
+    Activation, AttentionConfig, AttentionMask, CrossEntropyConfig, Norm, RopeStyle,
+    StochasticDepth, activation_dropout, attention, attention_qkv, cross_entropy, drop_path_add,
+    drop_path_kept, dropout, dropout_add, dropout_add_norm, linear, rope, softmax_dropout,
 };
-pub use transformer::{GenerationConfig, Gpt, GptConfig};
+pub use transformer::{
+    Architecture, GenerationConfig, Transformer, TransformerConfig, pretrained_var_builder,
+};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]

@@ -86,15 +86,16 @@ pub(crate) unsafe fn filled_pair<E: Send>(
     (first, second)
 }
 
-/// `f(state, task)` for each task, in parallel if there are several; the results in the order of the
+/// `f(state, task)` for each task, in parallel if that is worth while; the results in the order of the
 /// tasks. A state serves many tasks, one after the other.
 pub(crate) fn map_tasks<S, R: Send>(
-    tasks: usize,
+    (tasks, in_parallel): (usize, bool),
     state: impl Fn() -> S + Sync + Send,
     f: impl Fn(&mut S, usize) -> R + Sync + Send,
 ) -> Vec<R> {
-    if tasks <= 1 {
-        return (0..tasks).map(|task| f(&mut state(), task)).collect();
+    if tasks <= 1 || !in_parallel {
+        let mut state = state();
+        return (0..tasks).map(|task| f(&mut state, task)).collect();
     }
     (0..tasks).into_par_iter().with_max_len(1).map_init(state, f).collect()
 }
@@ -142,6 +143,33 @@ pub(crate) unsafe fn scattered<E: Send, R, const N: usize>(
         unsafe { vector.set_len(len) };
     }
     (vectors, result)
+}
+
+/// A new vector with one entry for each of `rows` rows of `cols` elements, filled by `f(start, chunk)`
+/// over chunks of rows, in parallel if there are many elements.
+///
+/// # Safety
+/// `f` writes every entry of the chunk that it is given.
+pub(crate) unsafe fn filled_per_row<T: Send>(
+    rows: usize,
+    cols: usize,
+    f: impl Fn(usize, &mut [MaybeUninit<T>]) + Sync,
+) -> Vec<T> {
+    if rows == 0 {
+        return Vec::new(); // rows that do not exist may have no columns either
+    }
+    let mut out = Vec::with_capacity(rows);
+    let spare = &mut out.spare_capacity_mut()[..rows];
+    if rows.saturating_mul(cols) <= MIN_ELEMENTS {
+        f(0, spare);
+    } else {
+        let chunk = (MIN_ELEMENTS / cols.max(1)).max(1);
+        let chunks = spare.par_chunks_mut(chunk).enumerate();
+        chunks.for_each(|(i, out)| f(i * chunk, out));
+    }
+    // SAFETY: the chunks cover `..rows`, and `f` has written all of each.
+    unsafe { out.set_len(rows) };
+    out
 }
 
 /// Elements a thread takes at a time.

@@ -10,7 +10,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::{Activation, AttentionConfig, AttentionMask, Norm};
+use crate::{Activation, AttentionConfig, AttentionMask, CrossEntropyConfig, Norm, RopeStyle};
 
 /// `keep ? x * drop_scale : 0`; see [`dropout`](crate::dropout).
 ///
@@ -194,8 +194,9 @@ pub fn attention(
         None => vec![keys as u32; b],
     };
     let sees = |length: u32, i: usize, j: usize| {
-        let (ahead, limits) = (j as i64 - diagonal(i), config.window);
-        let inside = limits.is_none_or(|(l, r)| -(l as i64) <= ahead && ahead <= r as i64);
+        let ahead = j as i64 - diagonal(i);
+        let far = |limit: usize| ahead.unsigned_abs() > limit as u64;
+        let inside = config.window.is_none_or(|(l, r)| !far(if ahead < 0 { l } else { r }));
         u8::from(j < length as usize && inside && !(config.causal && ahead > 0))
     };
     let visible: Vec<_> = lengths
@@ -227,6 +228,68 @@ pub fn drop_path_add(
     }
     let keep = keep.reshape(per_sample)?.broadcast_as(x.shape())?;
     dropout_add(x, residual, None, &keep, drop_scale)
+}
+
+/// Mean of `-(1 - eps) log p[target] - eps / V Σ log p` over the rows whose target is not ignored, with
+/// `p = softmax(logits)`; see [`cross_entropy`](crate::cross_entropy()).
+///
+/// # Errors
+/// The shapes differ, or a target is no class.
+pub fn cross_entropy(
+    logits: &Tensor,
+    targets: &Tensor,
+    config: &CrossEntropyConfig,
+) -> Result<Tensor> {
+    let (rows, classes) = (targets.elem_count(), logits.dim(D::Minus1)?);
+    let (logits, targets) = (logits.reshape((rows, classes))?, targets.flatten_all()?);
+    let targets = targets.to_dtype(DType::I64)?;
+    let counts = match config.ignore_index {
+        Some(ignored) => targets.ne(ignored)?,
+        None => targets.ones_like()?.to_dtype(DType::U8)?,
+    };
+    let classes_only = counts.where_cond(&targets, &targets.zeros_like()?)?;
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+    let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
+    let log_p = shifted.broadcast_sub(&log_sum)?;
+    let of_target = log_p.gather(&classes_only.unsqueeze(1)?, 1)?.squeeze(1)?;
+    let eps = config.label_smoothing;
+    let losses = ((of_target * (eps - 1.))? - (log_p.mean(D::Minus1)? * eps)?)?;
+    let losses = counts.where_cond(&losses, &losses.zeros_like()?)?;
+    let count = counts.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
+    // Candle ends the graph at a multiplication by 0.
+    let mean = losses.sum_all()?.affine(1. / count.max(1.), 0.)?;
+    mean.to_dtype(if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 })
+}
+
+/// `(x1 cos - x2 sin, x1 sin + x2 cos)` for each pair; see [`rope`](crate::rope()).
+///
+/// # Errors
+/// The shapes or dtypes differ.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, style: RopeStyle) -> Result<Tensor> {
+    let half = x.dim(D::Minus1)? / 2;
+    // Tables for each batch entry are those of all its heads.
+    let is_per_head = cos.rank() == 3 && x.rank() == 4;
+    let table = |table: &Tensor| if is_per_head { table.unsqueeze(1) } else { Ok(table.clone()) };
+    let (cos, sin) = (table(cos)?, table(sin)?);
+    let rotated = |x1: &Tensor, x2: &Tensor| -> Result<[Tensor; 2]> {
+        let y1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
+        let y2 = (x1.broadcast_mul(&sin)? + x2.broadcast_mul(&cos)?)?;
+        Ok([y1, y2])
+    };
+    match style {
+        RopeStyle::HalfSplit => {
+            let part = |at: usize| x.narrow(D::Minus1, at * half, half);
+            Tensor::cat(&rotated(&part(0)?, &part(1)?)?, D::Minus1)
+        }
+        RopeStyle::Interleaved => {
+            let mut pairs = x.dims().to_vec();
+            pairs.truncate(x.rank() - 1);
+            pairs.extend([half, 2]);
+            let pairs = x.reshape(pairs)?;
+            let part = |at: usize| pairs.narrow(D::Minus1, at, 1)?.squeeze(D::Minus1);
+            Tensor::stack(&rotated(&part(0)?, &part(1)?)?, D::Minus1)?.reshape(x.shape())
+        }
+    }
 }
 
 /// The tanh form; the gradient of candle's own is that of constants rounded to six digits.

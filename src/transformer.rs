@@ -1,203 +1,141 @@
-//! A GPT-2 style Transformer whose every dropout is one of this crate's ops.
+//! A Transformer in the style of GPT-2 or of LLaMA, whose every dropout is one of this crate's ops.
 //!
-//! Pre-norm decoder with learned positions (Radford et al. 2019, "Language Models are Unsupervised
-//! Multitask Learners"; stochastic depth after Huang et al. 2016, arXiv 1603.09382). Parameter
-//! names, the `[in, out]` layout of the projections and the configuration's field names are those
-//! of Hugging Face's GPT-2.
+//! A pre-norm decoder (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners";
+//! Touvron et al. 2023, arXiv 2302.13971; stochastic depth after Huang et al. 2016, arXiv
+//! 1603.09382). The styles share attention, residual branches and generation; they differ in norm,
+//! positions, MLP and in the names and layout of their weights, which are those of Hugging Face.
 //!
-//! The output head is tied to the token embedding, as in GPT-2 (Press & Wolf 2017, arXiv
-//! 1608.05859): a published checkpoint has no other head, and a byte-level model as small as the
-//! examples' would spend a tenth of its parameters on an untied one.
+//! Shapes: `B` sequences of `T` tokens, `C = hidden_size`, `H` heads of `D` elements, `Hkv` heads of
+//! keys and values, `S` keys (`T`, or more with a cache), `I` columns inside the MLP, `V` tokens in
+//! the vocabulary.
+
+mod checkpoint;
+mod config;
+mod generate;
 
 use std::sync::Arc;
 
-use candle_core::{D, DType, IndexOp, Module, Result, Tensor, bail};
-use candle_nn::{Init, VarBuilder, ops as nn_ops};
+use candle_core::{D, DType, Device, Module, Result, Tensor, bail};
+use candle_nn::kv_cache::KvCache;
+use candle_nn::{Init, VarBuilder, ops as nn_ops, rotary_emb::rope_slow};
 
-use crate::layers::{DropPath, Dropout};
+use crate::layers::{DropPath, Dropout, Rope, RopeConfig};
 use crate::mask::{DropMask, MaskGenerator};
 use crate::ops::{
-    Activation, AttentionMask, Norm, activation_dropout, drop_path_add, dropout, dropout_add_norm,
-    softmax_dropout,
+    Activation, AttentionConfig, AttentionMask, Norm, RopeStyle, activation_dropout, attention,
+    attention_qkv, drop_path_add, dropout, dropout_add_norm, linear, softmax_dropout,
 };
 
-/// The hyperparameters of a [`Gpt`], with the names Hugging Face gives them.
-#[derive(Debug, Clone, PartialEq)]
-pub struct GptConfig {
-    /// Number of tokens the model knows.
-    pub vocab_size: usize,
-    /// Longest sequence, in tokens.
-    pub n_positions: usize,
-    /// Width of the residual stream.
-    pub n_embd: usize,
-    /// Number of blocks.
-    pub n_layer: usize,
-    /// Number of attention heads; divides `n_embd`.
-    pub n_head: usize,
-    /// Added to the variance in every LayerNorm.
-    pub layer_norm_epsilon: f64,
-    /// Standard deviation of the initial weights. Projections that write to the residual stream
-    /// start smaller, by `1 / sqrt(2 n_layer)`.
-    pub initializer_range: f64,
-    /// Drop probability of the sum of token and position embeddings.
-    pub embd_pdrop: f32,
-    /// Drop probability of attention weights.
-    pub attn_pdrop: f32,
-    /// Drop probability of what a residual branch adds to the stream.
-    pub resid_pdrop: f32,
-    /// Probability that the last block's branches are skipped for a sample; block `l` of `L` uses
-    /// `l / L` of it.
-    pub drop_path_rate: f32,
-    /// Whether to run the fused ops (the default) or the same maths from candle's own ops around
-    /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare
-    /// with.
-    pub fused: bool,
-}
+pub use checkpoint::pretrained_var_builder;
+pub use config::{Architecture, TransformerConfig};
+pub use generate::GenerationConfig;
 
-impl Default for GptConfig {
-    /// GPT-2 small (124M parameters) with its published dropout of 0.1 everywhere and no stochastic
-    /// depth.
-    fn default() -> Self {
-        Self {
-            vocab_size: 50257,
-            n_positions: 1024,
-            n_embd: 768,
-            n_layer: 12,
-            n_head: 12,
-            layer_norm_epsilon: 1e-5,
-            initializer_range: 0.02,
-            embd_pdrop: 0.1,
-            attn_pdrop: 0.1,
-            resid_pdrop: 0.1,
-            drop_path_rate: 0.0,
-            fused: true,
-        }
-    }
-}
-
-impl GptConfig {
-    /// The same model with one drop probability at embedding, attention and residual, as `p` is
-    /// usually swept.
-    pub fn with_dropout(self, drop_p: f32) -> Self {
-        Self { embd_pdrop: drop_p, attn_pdrop: drop_p, resid_pdrop: drop_p, ..self }
-    }
-
-    /// Checks every field.
-    ///
-    /// # Errors
-    /// A size is 0, `n_head` does not divide `n_embd`, a drop probability lies outside 0 to 1, or
-    /// `layer_norm_epsilon` or `initializer_range` is not a positive number.
-    pub fn validate(&self) -> Result<()> {
-        let sizes = [
-            ("vocab_size", self.vocab_size),
-            ("n_positions", self.n_positions),
-            ("n_embd", self.n_embd),
-            ("n_layer", self.n_layer),
-            ("n_head", self.n_head),
-        ];
-        for (name, size) in sizes {
-            if size == 0 {
-                bail!("gpt: {name}: expected at least 1, got 0")
-            }
-        }
-        if !self.n_embd.is_multiple_of(self.n_head) {
-            let (n_embd, n_head) = (self.n_embd, self.n_head);
-            bail!(
-                "gpt: n_embd: expected a multiple of n_head = {n_head}, got {n_embd}: change one of \
-                 the two"
-            )
-        }
-        let rates = [
-            ("embd_pdrop", self.embd_pdrop),
-            ("attn_pdrop", self.attn_pdrop),
-            ("resid_pdrop", self.resid_pdrop),
-            ("drop_path_rate", self.drop_path_rate),
-        ];
-        for (name, rate) in rates {
-            if !(0.0..=1.0).contains(&rate) {
-                bail!("gpt: {name}: expected a probability from 0 to 1, got {rate}")
-            }
-        }
-        for (name, value) in [
-            ("layer_norm_epsilon", self.layer_norm_epsilon),
-            ("initializer_range", self.initializer_range),
-        ] {
-            if !(value.is_finite() && value > 0.0) {
-                bail!("gpt: {name}: expected a positive number, got {value}")
-            }
-        }
-        Ok(())
-    }
-}
-
-/// How [`Gpt::generate`] picks tokens.
-#[derive(Debug, Clone, PartialEq)]
-pub struct GenerationConfig {
-    /// Number of tokens to add to the prompt.
-    pub max_new_tokens: usize,
-    /// Divides the logits; 0 picks the likeliest token every time.
-    pub temperature: f64,
-    /// Sample from this many likeliest tokens only.
-    pub top_k: Option<usize>,
-    /// Seed of the sampler: equal seeds give equal text.
-    pub seed: u64,
-}
-
-impl Default for GenerationConfig {
-    fn default() -> Self {
-        Self { max_new_tokens: 50, temperature: 1.0, top_k: Some(50), seed: 0 }
-    }
-}
-
-/// A norm that a fused op may apply, or candle's chain of ops; candle-nn's `LayerNorm` would end
-/// the graph.
+/// A norm that a fused op may apply, or candle's chain of ops; candle-nn's own layers would end the
+/// graph.
 #[derive(Debug)]
-struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
+struct BranchNorm {
     norm: Norm,
     fused: bool,
 }
 
-impl LayerNorm {
-    fn new(config: &GptConfig, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get_with_hints(config.n_embd, "weight", Init::Const(1.0))?;
-        let bias = vb.get_with_hints(config.n_embd, "bias", Init::Const(0.0))?;
-        let norm = Norm::layer_norm(weight.clone(), Some(bias.clone()), config.layer_norm_epsilon);
-        Ok(Self { weight, bias, norm, fused: config.fused })
+impl BranchNorm {
+    fn new(config: &TransformerConfig, vb: VarBuilder) -> Result<Self> {
+        let (c, eps) = (config.hidden_size, config.norm_eps);
+        let weight = vb.get_with_hints(c, "weight", Init::Const(1.0))?;
+        let norm = match config.architecture {
+            Architecture::Gpt2 => {
+                let bias = vb.get_with_hints(c, "bias", Init::Const(0.0))?;
+                Norm::layer_norm(weight, Some(bias), eps)
+            }
+            Architecture::Llama => Norm::rms_norm(weight, eps),
+        };
+        Ok(Self { norm, fused: config.fused })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self.fused {
-            true => self.norm.forward(x),
-            false => nn_ops::layer_norm_slow(x, &self.weight, &self.bias, self.norm.eps() as f32),
+        if self.fused {
+            return self.norm.forward(x);
+        }
+        let (weight, eps) = (self.norm.weight(), self.norm.eps() as f32);
+        match self.norm.bias() {
+            Some(bias) => nn_ops::layer_norm_slow(x, weight, bias, eps),
+            None => nn_ops::rms_norm_slow(x, weight, eps),
         }
     }
 }
 
-/// `y = x W + b` with `W [in, out]`, GPT-2's layout. The bias is apart: a fused op may add it.
+/// `y = x W + b`, with `W [in, out]`: GPT-2's layout, and a view of LLaMA's. The bias is apart: a
+/// fused op may add it.
 #[derive(Debug)]
 struct Projection {
     weight: Tensor,
-    bias: Tensor,
+    bias: Option<Tensor>,
+    fused: bool,
 }
 
 impl Projection {
-    fn new(inputs: usize, outputs: usize, stdev: f64, vb: VarBuilder) -> Result<Self> {
-        let weight =
-            vb.get_with_hints((inputs, outputs), "weight", Init::Randn { mean: 0.0, stdev })?;
-        let bias = vb.get_with_hints(outputs, "bias", Init::Const(0.0))?;
-        Ok(Self { weight, bias })
+    fn new(
+        config: &TransformerConfig,
+        (inputs, outputs): (usize, usize),
+        (stdev, has_bias): (f64, bool),
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let init = Init::Randn { mean: 0.0, stdev };
+        let weight = match config.architecture {
+            Architecture::Gpt2 => vb.get_with_hints((inputs, outputs), "weight", init)?,
+            Architecture::Llama => vb.get_with_hints((outputs, inputs), "weight", init)?.t()?,
+        };
+        let bias = has_bias.then(|| vb.get_with_hints(outputs, "bias", Init::Const(0.0)));
+        Ok(Self { weight, bias: bias.transpose()?, fused: config.fused })
+    }
+
+    /// One projection that gives the outputs of all, in this order.
+    fn side_by_side(parts: &[Self]) -> Result<Self> {
+        let weights: Vec<&Tensor> = parts.iter().map(|part| &part.weight).collect();
+        let biases: Option<Vec<&Tensor>> = parts.iter().map(|part| part.bias.as_ref()).collect();
+        let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
+        let fused = parts.iter().all(|part| part.fused);
+        Ok(Self { weight: Tensor::cat(&weights, 1)?, bias, fused })
     }
 
     /// `x W`, `[B, T, in] -> [B, T, out]`, as one matrix product over all tokens.
     fn matmul(&self, x: &Tensor) -> Result<Tensor> {
+        if self.fused {
+            return linear(x, &self.weight, None);
+        }
         let (b, t, c) = x.dims3()?;
         x.reshape((b * t, c))?.matmul(&self.weight)?.reshape((b, t, ()))
     }
 
+    fn add_bias(&self, y: Tensor) -> Result<Tensor> {
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.matmul(x)?.broadcast_add(&self.bias)
+        if self.fused {
+            return linear(x, &self.weight, self.bias.as_ref());
+        }
+        self.add_bias(self.matmul(x)?)
+    }
+}
+
+/// Projections of one input: one matrix product for all, or `N` that are trained by themselves.
+#[derive(Debug)]
+enum Projections<const N: usize> {
+    Joined(Projection),
+    Apart([Projection; N]),
+}
+
+impl<const N: usize> Projections<N> {
+    /// Joins them, once and for all, if none is trained.
+    fn new(parts: [Projection; N]) -> Result<Self> {
+        match parts.iter().any(|part| part.weight.track_op()) {
+            true => Ok(Self::Apart(parts)),
+            false => Projection::side_by_side(&parts).map(Self::Joined),
+        }
     }
 }
 
@@ -217,17 +155,17 @@ impl ResidualBranch {
         &self,
         x: &Tensor,
         residual: &Tensor,
-        next: &LayerNorm,
+        next: &BranchNorm,
         train: bool,
     ) -> Result<(Tensor, Tensor)> {
         let (drop, drop_path) = (self.drop.next_mask(train)?, self.drop_path.next_mask(train)?);
         let skips_samples = !drop_path.is_none();
         let y = self.proj.matmul(x)?; // [B, T, C]
         if self.fused && !skips_samples {
-            let (residual, bias) = (Some(residual), Some(&self.proj.bias));
+            let (residual, bias) = (Some(residual), self.proj.bias.as_ref());
             return dropout_add_norm(&y, residual, bias, &next.norm, &drop);
         }
-        let y = dropout(&y.broadcast_add(&self.proj.bias)?, &drop)?; // [B, T, C]
+        let y = dropout(&self.proj.add_bias(y)?, &drop)?; // [B, T, C]
         let z = if !skips_samples {
             (residual + y)? // [B, T, C]
         } else if self.fused {
@@ -243,49 +181,180 @@ impl ResidualBranch {
     }
 }
 
+/// Grouped-query attention: `H / Hkv` heads of queries share one of keys and values.
 #[derive(Debug)]
 struct Attention {
-    c_attn: Projection,
-    c_proj: ResidualBranch,
+    qkv: Projections<3>,
+    rope: Option<Rope>,
     drop: Dropout,
-    n_head: usize,
+    out: ResidualBranch,
+    heads: usize,
+    kv_heads: usize,
+    head_size: usize,
     fused: bool,
+    /// Fused as a whole, and not the softmax alone.
+    flash: bool,
+}
+
+/// Each token sees itself and those before it.
+fn causal() -> AttentionConfig {
+    AttentionConfig { causal: true, ..Default::default() }
 }
 
 impl Attention {
     fn forward(
         &self,
-        x: &Tensor,
-        residual: &Tensor,
-        next: &LayerNorm,
+        (x, n): (&Tensor, &Tensor),
+        next: &BranchNorm,
+        cache: Option<&mut KvCache>,
         train: bool,
     ) -> Result<(Tensor, Tensor)> {
-        let (b, t, c) = x.dims3()?;
-        let heads = (b, t, 3, self.n_head, c / self.n_head);
-        let qkv = self.c_attn.forward(x)?.reshape(heads)?; // [B, T, 3, H, D]
-        let qkv = qkv.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
-        let (q, k) = (qkv.i(0)?.contiguous()?, qkv.i(1)?); // [B, H, T, D]
-        let v = qkv.i(2)?.contiguous()?; // [B, H, T, D]
-        let scores = q.matmul(&k.transpose(2, 3)?.contiguous()?)?; // [B, H, T, T]
-        let weights = self.weights(&scores, &self.drop.next_mask(train)?)?; // [B, H, T, T]
-        let y = weights.matmul(&v)?.transpose(1, 2)?.reshape((b, t, c))?; // [B, T, C]
-        self.c_proj.forward(&y, residual, next, train)
+        let (b, t, _) = n.dims3()?;
+        if let (true, None, None, Projections::Joined(qkv)) =
+            (self.flash, &self.rope, &cache, &self.qkv)
+        {
+            let qkv = qkv.forward(n)?.reshape((b, t, (), self.head_size))?; // [B, T, H + 2 Hkv, D]
+            let (config, drop) = (causal(), self.drop.next_mask(train)?);
+            let y = attention_qkv(&qkv, self.heads, &config, &drop)?; // [B, T, H, D]
+            return self.out.forward(&y.reshape((b, t, ()))?, x, next, train);
+        }
+        let [q, k, v] = self.queries_keys_values(n)?; // [B, H, T, D], [B, Hkv, T, D] twice
+        let start = cache.as_ref().map_or(0, |cache| cache.current_seq_len());
+        let (q, k) = (self.rotate(q, start)?, self.rotate(k, start)?);
+        let (k, v) = match cache {
+            Some(cache) => cache.append(&k.contiguous()?, &v.contiguous()?)?, // [B, Hkv, S, D] each
+            None => (k, v),
+        };
+        let drop = self.drop.next_mask(train)?;
+        // One query has no tiles, and its scores are no longer than its keys.
+        let y = match self.flash && t > 1 {
+            true => attention(&q, &k, &v, &causal(), &drop)?, // [B, H, T, D]
+            false => self.attend(&q, &k.contiguous()?, &v.contiguous()?, &drop)?, // [B, H, T, D]
+        };
+        let y = y.transpose(1, 2)?.reshape((b, t, ()))?; // [B, T, H D]
+        self.out.forward(&y, x, next, train)
     }
 
-    /// `dropout(softmax(scores / sqrt(D) + causal mask))`, `[B, H, T, T]`.
-    fn weights(&self, scores: &Tensor, drop: &DropMask) -> Result<Tensor> {
-        let head_size = self.c_attn.weight.dim(0)? / self.n_head;
-        let scale = 1.0 / (head_size as f64).sqrt();
+    /// `[B, H, T, D]`, and `[B, Hkv, T, D]` twice.
+    fn queries_keys_values(&self, n: &Tensor) -> Result<[Tensor; 3]> {
+        let (b, t, _) = n.dims3()?;
+        let heads = |proj: &Projection| {
+            let y = proj.forward(n)?.reshape((b, t, (), self.head_size))?; // [B, T, .., D]
+            y.transpose(1, 2) // [B, .., T, D]
+        };
+        let qkv = match &self.qkv {
+            Projections::Apart([q, k, v]) => return Ok([heads(q)?, heads(k)?, heads(v)?]),
+            Projections::Joined(qkv) => heads(qkv)?, // [B, H + 2 Hkv, T, D]
+        };
+        let (h, hkv) = (self.heads, self.kv_heads);
+        Ok([qkv.narrow(1, 0, h)?, qkv.narrow(1, h, hkv)?, qkv.narrow(1, h + hkv, hkv)?])
+    }
+
+    /// Queries or keys, turned to their positions from `start` on.
+    fn rotate(&self, x: Tensor, start: usize) -> Result<Tensor> {
+        let Some(rope) = &self.rope else { return Ok(x) };
         if self.fused {
-            return softmax_dropout(scores, scale, &AttentionMask::Causal, drop); // [B, H, T, T]
+            return rope.rotate(&x, start);
         }
-        let t = scores.dim(D::Minus1)?;
+        let (dtype, t) = (x.dtype(), x.dim(2)?);
+        let angles = |table: &Tensor| table.narrow(0, start, t); // [T, D/2]
+        let x = x.to_dtype(rope.cos().dtype())?;
+        rope_slow(&x, &angles(rope.cos())?, &angles(rope.sin())?)?.to_dtype(dtype)
+    }
+
+    /// `dropout(softmax(q k' / sqrt(D) + causal mask)) v`, `[B, H, T, D]`.
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, drop: &DropMask) -> Result<Tensor> {
+        let (b, h, t, d) = q.dims4()?;
+        let (kv_heads, s) = (k.dim(1)?, k.dim(2)?);
+        // Queries that share their keys are the rows of one matrix.
+        let rows = h / kv_heads * t;
+        let q = q.reshape((b, kv_heads, rows, d))?;
+        let scores = q.matmul(&k.t()?)?.reshape((b, h, t, s))?; // [B, H, T, S]
+        let weights = self.weights(&scores, drop)?; // [B, H, T, S]
+        weights.reshape((b, kv_heads, rows, s))?.matmul(v)?.reshape((b, h, t, d))
+    }
+
+    /// `dropout(softmax(scores / sqrt(D) + causal mask))`, `[B, H, T, S]`.
+    fn weights(&self, scores: &Tensor, drop: &DropMask) -> Result<Tensor> {
+        let scale = 1.0 / (self.head_size as f64).sqrt();
+        if self.fused {
+            return softmax_dropout(scores, scale, &AttentionMask::Causal, drop); // [B, H, T, S]
+        }
+        let (t, s) = (scores.dim(2)?, scores.dim(3)?);
+        let is_future = |at: usize| at % s > at / s + s - t;
         let future: Vec<f32> =
-            (0..t * t).map(|at| if at % t > at / t { f32::NEG_INFINITY } else { 0.0 }).collect();
-        let future = Tensor::from_vec(future, (t, t), scores.device())?; // [T, T]
+            (0..t * s).map(|at| if is_future(at) { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let future = Tensor::from_vec(future, (t, s), scores.device())?; // [T, S]
         let future = future.to_dtype(scores.dtype())?;
-        let scores = (scores * scale)?.broadcast_add(&future)?; // [B, H, T, T]
-        dropout(&nn_ops::softmax(&scores, D::Minus1)?, drop) // [B, H, T, T]
+        let scores = (scores * scale)?.broadcast_add(&future)?; // [B, H, T, S]
+        dropout(&nn_ops::softmax(&scores, D::Minus1)?, drop) // [B, H, T, S]
+    }
+}
+
+/// `act(n W + b) W' + b'`, gated or not.
+#[derive(Debug)]
+struct Mlp {
+    /// Gate and values, or the one projection of an MLP without a gate.
+    up: Projections<2>,
+    down: ResidualBranch,
+    act: Activation,
+    fused: bool,
+}
+
+impl Mlp {
+    fn forward(
+        &self,
+        (x, n): (&Tensor, &Tensor),
+        next: &BranchNorm,
+        train: bool,
+    ) -> Result<(Tensor, Tensor)> {
+        self.down.forward(&self.hidden(n)?, x, next, train) // [B, T, C] each
+    }
+
+    /// `[B, T, I]`.
+    fn hidden(&self, n: &Tensor) -> Result<Tensor> {
+        let (b, t, c) = n.dims3()?;
+        let joined;
+        let up = match &self.up {
+            Projections::Joined(up) => up,
+            // Few tokens: what they give is copied side by side, not the weights.
+            Projections::Apart([gate, up]) if b * t < c => {
+                let h = Tensor::cat(&[gate.forward(n)?, up.forward(n)?], D::Minus1)?;
+                return self.activate(h, None);
+            }
+            Projections::Apart(parts) => {
+                joined = Projection::side_by_side(parts)?;
+                &joined
+            }
+        };
+        self.activate(up.matmul(n)?, up.bias.as_ref())
+    }
+
+    /// `act(h + bias)`, `[B, T, I]`; `h` is `[B, T, I]`, or `[B, T, 2 I]` of gate and values.
+    fn activate(&self, h: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        if self.fused {
+            return activation_dropout(&h, bias, self.act, &DropMask::none());
+        }
+        match bias {
+            Some(bias) => activate(&h.broadcast_add(bias)?, self.act),
+            None => activate(&h, self.act),
+        }
+    }
+}
+
+/// An activation from candle's own ops.
+fn activate(h: &Tensor, act: Activation) -> Result<Tensor> {
+    let gated = |gate: fn(&Tensor) -> Result<Tensor>| {
+        let half = h.dim(D::Minus1)? / 2;
+        gate(&h.narrow(D::Minus1, 0, half)?)? * h.narrow(D::Minus1, half, half)?
+    };
+    match act {
+        Activation::GeluTanh => gelu(h),
+        Activation::GeluErf => h.gelu_erf(),
+        Activation::Silu => h.silu(),
+        Activation::Relu => h.relu(),
+        Activation::SwiGlu => gated(Tensor::silu),
+        Activation::GeGlu => gated(gelu),
     }
 }
 
@@ -305,49 +374,78 @@ fn gelu(x: &Tensor) -> Result<Tensor> {
 
 #[derive(Debug)]
 struct Block {
-    ln_1: LayerNorm,
+    norm_1: BranchNorm,
     attn: Attention,
-    ln_2: LayerNorm,
-    c_fc: Projection,
-    c_proj: ResidualBranch,
-    fused: bool,
+    norm_2: BranchNorm,
+    mlp: Mlp,
 }
 
 impl Block {
-    /// Block `layer` of `1..=n_layer`.
+    /// Block `layer` of `1..=num_hidden_layers`.
     fn new(
-        config: &GptConfig,
+        config: &TransformerConfig,
         layer: usize,
         generator: &Arc<MaskGenerator>,
+        rope: Option<Rope>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let (c, stdev, fused) = (config.n_embd, config.initializer_range, config.fused);
+        let (c, i, n_layer) = (config.hidden_size, config.mlp_size(), config.num_hidden_layers);
+        let (heads, kv_heads, d) =
+            (config.num_attention_heads, config.kv_heads(), config.head_size());
+        let (q, kv) = (heads * d, kv_heads * d);
+        let (stdev, fused) = (config.initializer_range, config.fused);
+        let input = |name: &str, outputs, has_bias| {
+            Projection::new(config, (c, outputs), (stdev, has_bias), vb.pp(name))
+        };
+        let attn_in = |name, outputs| input(name, outputs, config.attention_bias);
+        let mlp_in = |name| input(name, i, config.mlp_bias);
+        let (qkv, up) = match config.architecture {
+            Architecture::Gpt2 => (
+                Projections::Joined(attn_in("attn.c_attn", q + 2 * kv)?),
+                Projections::Joined(mlp_in("mlp.c_fc")?),
+            ),
+            Architecture::Llama => (
+                Projections::new([
+                    attn_in("self_attn.q_proj", q)?,
+                    attn_in("self_attn.k_proj", kv)?,
+                    attn_in("self_attn.v_proj", kv)?,
+                ])?,
+                Projections::new([mlp_in("mlp.gate_proj")?, mlp_in("mlp.up_proj")?])?,
+            ),
+        };
         let drop = |drop_p| Dropout::with_generator(drop_p, generator.clone());
-        let residual = |inputs, vb| -> Result<ResidualBranch> {
-            let stdev = stdev / ((2 * config.n_layer) as f64).sqrt();
-            let (n_layer, last_drop_p) = (config.n_layer, config.drop_path_rate);
+        let output = |name: &str, inputs, has_bias| -> Result<ResidualBranch> {
+            let stdev = stdev / ((2 * n_layer) as f64).sqrt();
+            let last_drop_p = config.drop_path_rate;
             Ok(ResidualBranch {
-                proj: Projection::new(inputs, c, stdev, vb)?,
+                proj: Projection::new(config, (inputs, c), (stdev, has_bias), vb.pp(name))?,
                 drop: drop(config.resid_pdrop),
                 drop_path: DropPath::linear(layer, n_layer, last_drop_p, generator.clone())?,
                 fused,
             })
         };
-        let attn = Attention {
-            c_attn: Projection::new(c, 3 * c, stdev, vb.pp("attn.c_attn"))?,
-            c_proj: residual(c, vb.pp("attn.c_proj"))?,
-            drop: drop(config.attn_pdrop),
-            n_head: config.n_head,
-            fused,
+        let ([norm_1, norm_2], [attn_out, mlp_out]) = match config.architecture {
+            Architecture::Gpt2 => (["ln_1", "ln_2"], ["attn.c_proj", "mlp.c_proj"]),
+            Architecture::Llama => (
+                ["input_layernorm", "post_attention_layernorm"],
+                ["self_attn.o_proj", "mlp.down_proj"],
+            ),
         };
-        Ok(Self {
-            ln_1: LayerNorm::new(config, vb.pp("ln_1"))?,
-            attn,
-            ln_2: LayerNorm::new(config, vb.pp("ln_2"))?,
-            c_fc: Projection::new(c, 4 * c, stdev, vb.pp("mlp.c_fc"))?,
-            c_proj: residual(4 * c, vb.pp("mlp.c_proj"))?,
+        let attn = Attention {
+            qkv,
+            rope,
+            drop: drop(config.attn_pdrop),
+            out: output(attn_out, q, config.attention_bias)?,
+            heads,
+            kv_heads,
+            head_size: d,
             fused,
-        })
+            flash: fused && config.flash_attention,
+        };
+        let down = output(mlp_out, i, config.mlp_bias)?;
+        let mlp = Mlp { up, down, act: config.hidden_act, fused };
+        let norm = |name| BranchNorm::new(config, vb.pp(name));
+        Ok(Self { norm_1: norm(norm_1)?, attn, norm_2: norm(norm_2)?, mlp })
     }
 
     /// The stream `x` and its norm `n`, of this block and then of what follows it, `[B, T, C]`
@@ -355,80 +453,115 @@ impl Block {
     fn forward(
         &self,
         (x, n): (Tensor, Tensor),
-        next: &LayerNorm,
+        next: &BranchNorm,
+        cache: Option<&mut KvCache>,
         train: bool,
     ) -> Result<(Tensor, Tensor)> {
-        let (x, n) = self.attn.forward(&n, &x, &self.ln_2, train)?; // [B, T, C]
-        self.c_proj.forward(&self.hidden(&n)?, &x, next, train) // [B, T, C]
-    }
-
-    /// `gelu(n W + b)`, `[B, T, 4C]`.
-    fn hidden(&self, n: &Tensor) -> Result<Tensor> {
-        let h = self.c_fc.matmul(n)?; // [B, T, 4C]
-        if self.fused {
-            let bias = Some(&self.c_fc.bias);
-            return activation_dropout(&h, bias, Activation::GeluTanh, &DropMask::none());
-        }
-        gelu(&h.broadcast_add(&self.c_fc.bias)?)
+        let (x, n) = self.attn.forward((&x, &n), &self.norm_2, cache, train)?; // [B, T, C] each
+        self.mlp.forward((&x, &n), next, train) // [B, T, C] each
     }
 }
 
-/// A GPT-2 style language model.
+/// A language model in the style of GPT-2 or of LLaMA.
 ///
 /// Dropout at the embedding, the attention weights and both residual branches, stochastic depth per
-/// sample on the branches; rates come from [`GptConfig`]. The model owns its generator, so models
-/// trained side by side do not disturb one another's masks. Every call with `train` draws `1 + 5
-/// n_layer` keys whatever the rates are, a call without draws none.
+/// sample on the branches; rates come from [`TransformerConfig`]. The model owns its generator, so
+/// models trained side by side do not disturb one another's masks. Every call with `train` draws
+/// `1 + 5 num_hidden_layers` keys whatever the rates are, a call without draws none.
 ///
 /// # Example
 /// ```
 /// use std::sync::Arc;
 /// use candle_core::{DType, Device, Result, Tensor};
-/// use candle_dropout::{Gpt, GptConfig, MaskGenerator, seeded_var_builder};
+/// use candle_dropout::{MaskGenerator, Transformer, TransformerConfig, seeded_var_builder};
 /// use candle_nn::VarMap;
 ///
 /// # fn main() -> Result<()> {
-/// let config = GptConfig {
+/// let config = TransformerConfig {
 ///     vocab_size: 256,
-///     n_positions: 8,
-///     n_embd: 16,
-///     n_layer: 2,
-///     n_head: 4,
-///     ..Default::default()
+///     max_position_embeddings: 8,
+///     hidden_size: 16,
+///     num_hidden_layers: 2,
+///     num_attention_heads: 4,
+///     ..TransformerConfig::gpt2()
 /// };
 /// let vars = VarMap::new();
 /// let vb = seeded_var_builder(&vars, 1, DType::F32, &Device::Cpu);
-/// let gpt = Gpt::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
+/// let model = Transformer::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
 ///
 /// let ids = Tensor::new(&[[104u32, 101, 108, 108, 111]], &Device::Cpu)?;
-/// assert_eq!(gpt.forward(&ids, true)?.dims(), &[1, 5, 256]);
+/// assert_eq!(model.forward(&ids, true)?.dims(), &[1, 5, 256]);
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]
-pub struct Gpt {
-    wte: Tensor,
-    wpe: Tensor,
+pub struct Transformer {
+    tokens: Tensor,            // [V, C]
+    positions: Option<Tensor>, // [max_positions, C]
     drop: Dropout,
     blocks: Vec<Block>,
-    ln_f: LayerNorm,
+    norm: BranchNorm,
+    head: Tensor, // [V, C]
+    max_positions: usize,
 }
 
-impl Gpt {
+impl Transformer {
     /// Builds the model from the variables of `vb`, creating those that do not exist.
     ///
+    /// They have the names that Hugging Face gives them: GPT-2's with or without the prefix
+    /// `transformer.`, whichever `vb` holds; LLaMA's with `model.`. Projections are made for speed
+    /// from weights that track no gradient: joined where they share an input, and so copied.
+    ///
     /// # Errors
-    /// `config` is invalid (see [`GptConfig::validate`]), or `vb` lacks a variable or holds one of
-    /// another shape.
-    pub fn new(config: &GptConfig, generator: Arc<MaskGenerator>, vb: VarBuilder) -> Result<Self> {
+    /// `config` is invalid (see [`TransformerConfig::validate`]), or `vb` lacks a variable or holds
+    /// one of another shape.
+    pub fn new(
+        config: &TransformerConfig,
+        generator: Arc<MaskGenerator>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         config.validate()?;
+        let (v, c, max_positions) =
+            (config.vocab_size, config.hidden_size, config.max_position_embeddings);
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
-        let block =
-            |layer| Block::new(config, layer, &generator, vb.pp(format!("h.{}", layer - 1)));
+        let (body, [tokens, blocks, norm]) = match config.architecture {
+            Architecture::Gpt2 => {
+                let is_whole = vb.contains_tensor("transformer.wte.weight");
+                let body = if is_whole { vb.pp("transformer") } else { vb.clone() };
+                (body, ["wte.weight", "h", "ln_f"])
+            }
+            Architecture::Llama => (vb.pp("model"), ["embed_tokens.weight", "layers", "norm"]),
+        };
+        let (positions, rope) = match config.architecture {
+            Architecture::Gpt2 => {
+                (Some(body.get_with_hints((max_positions, c), "wpe.weight", init)?), None)
+            }
+            Architecture::Llama => {
+                let rope = RopeConfig {
+                    head_size: config.head_size(),
+                    max_positions,
+                    theta: config.rope_theta,
+                    scaling: config.rope_scaling,
+                    style: RopeStyle::HalfSplit,
+                };
+                (None, Some(Rope::new(&rope, vb.dtype(), vb.device())?))
+            }
+        };
+        let tokens = body.get_with_hints((v, c), tokens, init)?;
+        let head = match config.tie_word_embeddings {
+            true => tokens.clone(),
+            false => vb.get_with_hints((v, c), "lm_head.weight", init)?,
+        };
+        let block = |layer: usize| {
+            let vb = body.pp(blocks).pp(layer - 1);
+            Block::new(config, layer, &generator, rope.clone(), vb)
+        };
         Ok(Self {
-            wte: vb.get_with_hints((config.vocab_size, config.n_embd), "wte.weight", init)?,
-            wpe: vb.get_with_hints((config.n_positions, config.n_embd), "wpe.weight", init)?,
-            blocks: (1..=config.n_layer).map(block).collect::<Result<_>>()?,
-            ln_f: LayerNorm::new(config, vb.pp("ln_f"))?,
+            tokens,
+            positions,
+            blocks: (1..=config.num_hidden_layers).map(block).collect::<Result<_>>()?,
+            norm: BranchNorm::new(config, body.pp(norm))?,
+            head,
+            max_positions,
             drop: Dropout::with_generator(config.embd_pdrop, generator),
         })
     }
@@ -436,7 +569,7 @@ impl Gpt {
     /// Logits of the next token at every position.
     ///
     /// # Shapes
-    /// `ids [B, T]` of u32, `T <= n_positions` -> logits `[B, T, vocab_size]`.
+    /// `ids [B, T]` of u32, `T <= max_position_embeddings` -> logits `[B, T, vocab_size]`.
     ///
     /// # Randomness
     /// With `train`, one key a dropout site, in the order embedding, then for each block attention
@@ -444,8 +577,8 @@ impl Gpt {
     /// stochastic depth of the MLP branch.
     ///
     /// # Errors
-    /// `ids` is not `[B, T]`, is empty or is longer than `n_positions`; on the CPU also if it holds
-    /// a token outside the vocabulary.
+    /// `ids` is not `[B, T]`, is empty or is longer than `max_position_embeddings`; on the CPU also
+    /// if it holds a token outside the vocabulary.
     ///
     /// On CUDA candle looks tokens up without asking the host: one outside the vocabulary fails an
     /// assertion in the kernel, a later call that waits for the device reports it, and nothing runs
@@ -453,20 +586,95 @@ impl Gpt {
     /// host, as [`generate`](Self::generate) does. On every device candle takes `u32::MAX` for "no
     /// token", whose embedding is zero.
     pub fn forward(&self, ids: &Tensor, train: bool) -> Result<Tensor> {
-        let (b, t) = ids.dims2()?;
-        let (n_positions, c) = self.wpe.dims2()?;
-        if b == 0 || t == 0 || t > n_positions {
+        self.logits(&self.hidden(ids, &mut [], train)?)
+    }
+
+    /// Empty caches of keys and values, one a block, with room for `capacity` tokens; they grow by
+    /// as much when full.
+    pub fn kv_caches(&self, capacity: usize) -> Vec<KvCache> {
+        self.blocks.iter().map(|_| KvCache::new(2, capacity.max(1))).collect()
+    }
+
+    /// Logits of the token that follows `ids`, which follow the tokens in the caches and are added
+    /// to them. No dropout is applied.
+    ///
+    /// # Shapes
+    /// `ids [B, T]` of u32 with the `B` of the caches -> logits `[B, vocab_size]`.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward), where `T` counts the cached tokens too; `caches` is not
+    /// one a block, see [`kv_caches`](Self::kv_caches). Reset them after an error.
+    ///
+    /// # Example
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use candle_core::{DType, Device, Result, Tensor};
+    /// # use candle_dropout::{MaskGenerator, Transformer, TransformerConfig, seeded_var_builder};
+    /// # fn main() -> Result<()> {
+    /// # let config = TransformerConfig {
+    /// #     vocab_size: 9,
+    /// #     max_position_embeddings: 8,
+    /// #     hidden_size: 8,
+    /// #     num_hidden_layers: 1,
+    /// #     num_attention_heads: 2,
+    /// #     ..TransformerConfig::gpt2()
+    /// # };
+    /// # let vb = seeded_var_builder(&candle_nn::VarMap::new(), 1, DType::F32, &Device::Cpu);
+    /// # let model = Transformer::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
+    /// let mut caches = model.kv_caches(8);
+    /// let mut ids = vec![3u32, 1, 4];
+    /// for _ in 0..5 {
+    ///     let new = &ids[caches[0].current_seq_len()..];
+    ///     let new = Tensor::new(new, &Device::Cpu)?.unsqueeze(0)?;
+    ///     let logits = model.forward_cached(&new, &mut caches)?;
+    ///     ids.push(logits.squeeze(0)?.argmax(0)?.to_scalar()?);
+    /// }
+    /// assert_eq!(ids.len(), 8);
+    /// # Ok(()) }
+    /// ```
+    pub fn forward_cached(&self, ids: &Tensor, caches: &mut [KvCache]) -> Result<Tensor> {
+        if caches.len() != self.blocks.len() {
             bail!(
-                "gpt: ids: expected [B, T] with B >= 1 and 1 <= T <= n_positions = {n_positions}, \
-                 got [{b}, {t}]"
+                "transformer: caches: expected {}, one a block, got {}: make them with `kv_caches`",
+                self.blocks.len(),
+                caches.len()
             )
         }
-        let tokens = self.wte.index_select(&ids.flatten_all()?, 0)?; // [B*T, C]
-        let tokens = tokens.reshape((b, t, c))?; // [B, T, C]
-        let x = tokens.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
+        let cached = caches.first().and_then(|cache| cache.k_cache().all_data().as_ref());
+        if let Some(cached) = cached
+            && cached.dim(0)? != ids.dim(0)?
+        {
+            bail!(
+                "transformer: ids: expected {} sequences like the caches hold, got {:?}: reset the \
+                 caches for another batch",
+                cached.dim(0)?,
+                ids.dims()
+            )
+        }
+        let n = self.hidden(ids, caches, false)?; // [B, T, C]
+        let last = n.narrow(1, n.dim(1)? - 1, 1)?; // [B, 1, C]
+        self.logits(&last)?.squeeze(1) // [B, V]
+    }
+
+    /// What the head sees, `[B, T, C]`. Without caches, all there is to see is `ids`.
+    fn hidden(&self, ids: &Tensor, caches: &mut [KvCache], train: bool) -> Result<Tensor> {
+        let (b, t) = ids.dims2()?;
+        let (c, max_positions) = (self.tokens.dim(1)?, self.max_positions);
+        let start = caches.first().map_or(0, |cache| cache.current_seq_len());
+        if b == 0 || t == 0 || start + t > max_positions {
+            bail!(
+                "transformer: ids: expected [B, T] with B >= 1, T >= 1 and {start} cached + T <= \
+                 max_position_embeddings = {max_positions}, got [{b}, {t}]"
+            )
+        }
+        let x = self.tokens.index_select(&ids.flatten_all()?, 0)?; // [B*T, C]
+        let mut x = x.reshape((b, t, c))?; // [B, T, C]
+        if let Some(positions) = &self.positions {
+            x = x.broadcast_add(&positions.narrow(0, start, t)?)?; // [B, T, C]
+        }
         let drop = self.drop.next_mask(train)?;
         // Each branch is followed by the norm of the next one, the last by the final norm.
-        let norm_of = |block: usize| self.blocks.get(block).map_or(&self.ln_f, |b| &b.ln_1);
+        let norm_of = |block: usize| self.blocks.get(block).map_or(&self.norm, |b| &b.norm_1);
         let first = norm_of(0);
         let mut state = if first.fused {
             dropout_add_norm(&x, None, None, &first.norm, &drop)? // [B, T, C] each
@@ -476,89 +684,28 @@ impl Gpt {
             (x, n)
         };
         for (at, block) in self.blocks.iter().enumerate() {
-            let next = norm_of(at + 1);
-            state = block.forward(state, next, train)?; // [B, T, C] each
+            let (next, cache) = (norm_of(at + 1), caches.get_mut(at));
+            state = block.forward(state, next, cache, train)?; // [B, T, C] each
         }
-        let x = state.1.reshape((b * t, c))?; // [B*T, C]
-        x.matmul(&self.wte.t()?)?.reshape((b, t, ())) // [B, T, V]
+        Ok(state.1)
     }
 
-    /// Continues `prompt` and returns prompt and continuation together.
-    ///
-    /// The whole visible context is computed for every token; once the text is longer than
-    /// `n_positions` the model sees its last `n_positions` tokens.
-    ///
-    /// # Randomness
-    /// Draws come from `config.seed` by the key derivation of the masks, so equal logits give equal
-    /// text in every release. No dropout mask is drawn.
-    ///
-    /// # Errors
-    /// `prompt` is empty or holds a token outside the vocabulary (found on the host, before any
-    /// computing), `temperature` is negative or not finite, `top_k` is 0, or a logit is not finite.
-    pub fn generate(&self, prompt: &[u32], config: &GenerationConfig) -> Result<Vec<u32>> {
-        let (temperature, n_positions) = (config.temperature, self.wpe.dim(0)?);
-        let vocab_size = self.wte.dim(0)?;
-        if prompt.is_empty() {
-            bail!("generate: prompt: expected at least 1 token, got none")
+    /// `[B, T, C] -> [B, T, V]`.
+    fn logits(&self, n: &Tensor) -> Result<Tensor> {
+        if self.norm.fused {
+            return linear(n, &self.head.t()?, None);
         }
-        if let Some(at) = prompt.iter().position(|&token| token as usize >= vocab_size) {
-            let token = prompt[at];
-            bail!(
-                "generate: prompt: expected tokens below vocab_size = {vocab_size}, got {token} at \
-                 position {at}: was the text encoded for another vocabulary?"
-            )
-        }
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            bail!(
-                "generate: temperature: expected a finite number of at least 0, got {temperature}"
-            )
-        }
-        if config.top_k == Some(0) {
-            bail!(
-                "generate: top_k: expected at least 1, got 0: use `None` to sample from all tokens"
-            )
-        }
-        let draws = MaskGenerator::new(config.seed);
-        let mut ids = prompt.to_vec();
-        for _ in 0..config.max_new_tokens {
-            let context = &ids[ids.len().saturating_sub(n_positions)..];
-            let context = Tensor::new(context, self.wte.device())?.unsqueeze(0)?; // [1, T]
-            let logits = self.forward(&context, false)?; // [1, T, V]
-            let logits = logits.i((0, logits.dim(1)? - 1))?; // [V]
-            ids.push(sample(&logits.to_dtype(DType::F32)?.to_vec1()?, config, &draws)?);
-        }
-        Ok(ids)
+        let (b, t, c) = n.dims3()?;
+        n.reshape((b * t, c))?.matmul(&self.head.t()?)?.reshape((b, t, ()))
     }
-}
 
-/// Draws a token from `softmax(logits / temperature)` over the `top_k` likeliest.
-fn sample(logits: &[f32], config: &GenerationConfig, draws: &MaskGenerator) -> Result<u32> {
-    if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
-        let logit = logits[token];
-        bail!(
-            "generate: logits: expected finite numbers, got {logit} for token {token}: has training \
-             diverged?"
-        )
+    fn vocab_size(&self) -> Result<usize> {
+        self.tokens.dim(0)
     }
-    let mut tokens: Vec<usize> = (0..logits.len()).collect();
-    tokens.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-    let likeliest = tokens[0];
-    if config.temperature == 0.0 {
-        return Ok(likeliest as u32);
+
+    fn device(&self) -> &Device {
+        self.tokens.device()
     }
-    tokens.truncate(config.top_k.unwrap_or(logits.len()));
-    let weight = |&token: &usize| {
-        ((f64::from(logits[token]) - f64::from(logits[likeliest])) / config.temperature).exp()
-    };
-    // No generator or sampler of another crate: those may change between releases.
-    let uniform = (draws.next_key().bits() >> 11) as f64 / (1u64 << 53) as f64;
-    let mut left = uniform * tokens.iter().map(weight).sum::<f64>();
-    let drawn = tokens.iter().find(|token| {
-        left -= weight(token);
-        left < 0.0
-    });
-    // Rounding may leave a rest after the last token.
-    Ok(*drawn.unwrap_or(&likeliest) as u32)
 }
 
 #[cfg(test)]
@@ -591,45 +738,5 @@ mod tests {
             assert_eq!(grad.to_dtype(DType::F32)?.to_vec1::<f32>()?, [0., 0., 1., 1.], "{dtype:?}");
         }
         Ok(())
-    }
-
-    #[test]
-    fn tokens_of_a_seed_are_pinned() -> Result<()> {
-        // A changed token here means that equal seeds no longer give equal text.
-        let (logits, draws) = ([0.5, -1.0, 2.0, 0.0, 1.5], MaskGenerator::new(7));
-        let config = GenerationConfig { top_k: Some(4), ..Default::default() };
-        let tokens: Vec<u32> =
-            (0..16).map(|_| sample(&logits, &config, &draws)).collect::<Result<_>>()?;
-        assert_eq!(tokens, [4, 2, 3, 0, 4, 2, 2, 4, 4, 2, 0, 2, 3, 4, 2, 4]);
-        Ok(())
-    }
-
-    #[test]
-    fn tokens_are_drawn_as_often_as_they_are_likely() -> Result<()> {
-        let draws = MaskGenerator::new(1);
-        let logits = [0.0, f32::ln(3.0), -50.0, f32::ln(4.0)];
-        let config = GenerationConfig { top_k: Some(3), ..Default::default() };
-        let mut counts = [0f64; 4];
-        for _ in 0..8000 {
-            counts[sample(&logits, &config, &draws)? as usize] += 1.0;
-        }
-        for (count, p) in counts.into_iter().zip([0.125, 0.375, 0.0, 0.5]) {
-            let variance: f64 = 8000.0 * p * (1.0 - p);
-            assert!((count - 8000.0 * p).abs() <= 4.0 * variance.sqrt(), "{counts:?}");
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn logits_that_are_not_finite_are_an_error_at_every_temperature() {
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            for temperature in [0.0, 1.0] {
-                let config = GenerationConfig { temperature, top_k: Some(1), ..Default::default() };
-                let draws = MaskGenerator::new(1);
-                let error = sample(&[1.0, bad, 2.0], &config, &draws).unwrap_err().to_string();
-                assert!(error.contains("logits: expected finite numbers, got"), "{error}");
-                assert!(error.contains("for token 1"), "{error}");
-            }
-        }
     }
 }

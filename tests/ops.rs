@@ -89,6 +89,11 @@ fn drop_path_add_agrees_with_its_formula() -> Result<()> {
 }
 
 #[test]
+fn drop_path_kept_agrees_with_the_formula_of_drop_path_add() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::DropPathKept)
+}
+
+#[test]
 fn activation_dropout_agrees_with_its_formula() -> Result<()> {
     agrees_on_every_shape_rate_and_dtype(Op::GeluTanhDropout)?;
     agrees_on_every_shape_rate_and_dtype(Op::GeluErfDropoutBias)?;
@@ -115,9 +120,30 @@ fn dropout_norm_without_a_residual_agrees_with_its_formula() -> Result<()> {
 }
 
 #[test]
+fn rope_agrees_with_its_formula() -> Result<()> {
+    for op in [Op::Rope, Op::RopeInterleaved] {
+        for dims in [&[1, 2][..], &[5, 6], &[3, 7, 34], &[2, 3, 5, 16], &[2, 9, 37, 64]] {
+            for dtype in DTYPES {
+                agrees(op, &op.arguments(dims), View::Contiguous, 0., dtype)?;
+            }
+        }
+        agrees_on_every_shape_rate_and_dtype(op)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn cross_entropy_agrees_with_its_formula() -> Result<()> {
+    agrees_on_every_shape_rate_and_dtype(Op::CrossEntropy)?;
+    agrees_on_every_shape_rate_and_dtype(Op::CrossEntropySmoothed)
+}
+
+#[test]
 fn strided_offset_and_broadcast_arguments_agree_with_the_formula() -> Result<()> {
     for op in OPS {
-        for dims in [&[5][..], &[5, 3], &[2, 3, 17], &[2, 3, 4, 5], &[37, 1031]] {
+        for dims in
+            [&[5][..], &[5, 3], &[2, 3, 17], &[2, 3, 4, 5], &[37, 1031], &[2, 6, 5, 32], &[3, 14]]
+        {
             for view in [View::Transposed, View::Offset, View::Broadcast] {
                 for dtype in DTYPES {
                     if op.takes(dims) {
@@ -163,7 +189,7 @@ fn empty_tensors_give_empty_outputs_and_gradients() -> Result<()> {
                 let vars = vars.collect::<Result<Vec<_>>>()?;
                 let args: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
                 let y = op.fused(&args, &mask(drop_p))?;
-                assert_eq!(y.dims(), dims, "{op:?}");
+                assert_eq!(y.dims(), op.output(dims), "{op:?}");
                 let grads = y.backward()?;
                 for var in &vars {
                     let grad = grads.get(var).unwrap_or_else(|| panic!("{op:?} {dims:?} {drop_p}"));
@@ -184,10 +210,11 @@ fn empty_tensors_give_empty_outputs_and_gradients() -> Result<()> {
 fn gradients_equal_finite_differences() -> Result<()> {
     const STEP: f64 = 1e-5;
     for op in OPS {
-        let (dims, drop) = (op.arguments(&[3, 7]), mask(0.3));
+        let shape = op.fitting(&[3, 7]);
+        let (dims, drop) = (op.arguments(&shape), mask(0.3));
         let args = dims.iter().enumerate().map(|(i, dims)| random(dims, DType::F64, i as u64));
         let args = args.collect::<Result<Vec<_>>>()?;
-        let w = random(&[3, 7], DType::F64, 9)?;
+        let w = op.output_gradient(&shape, DType::F64)?;
         let loss = |args: &[Tensor]| (op.fused(args, &drop)? * &w)?.sum_all()?.to_scalar::<f64>();
         let vars = args.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
         let tracked: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
@@ -213,7 +240,7 @@ fn gradients_equal_finite_differences() -> Result<()> {
 #[test]
 fn only_tracked_arguments_need_a_gradient() -> Result<()> {
     for op in OPS {
-        let (dims, drop) = (op.arguments(&[4, 9]), mask(0.3));
+        let (dims, drop) = (op.arguments(&op.fitting(&[4, 9])), mask(0.3));
         let args = dims.iter().enumerate().map(|(i, dims)| random(dims, DType::F32, i as u64));
         let args = args.collect::<Result<Vec<_>>>()?;
         let vars = args.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
@@ -239,7 +266,7 @@ fn only_tracked_arguments_need_a_gradient() -> Result<()> {
 fn a_second_backward_gives_the_same_gradients() -> Result<()> {
     for op in OPS {
         let vars = op
-            .arguments(&[4, 9])
+            .arguments(&op.fitting(&[4, 9]))
             .into_iter()
             .map(|dims| Var::from_tensor(&random(&dims, DType::F32, 3)?));
         let vars = vars.collect::<Result<Vec<_>>>()?;
@@ -500,11 +527,11 @@ fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
             let on = |threads: usize| -> Result<Vec<Vec<u64>>> {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
-                    let dims = op.arguments(&[700, 257]);
+                    let dims = op.arguments(&op.fitting(&[700, 257]));
                     let bases =
                         dims.iter().enumerate().map(|(i, dims)| random(dims, dtype, i as u64));
                     let bases = bases.collect::<Result<Vec<_>>>()?;
-                    let dy = random(&dims[0], dtype, 9)?;
+                    let dy = op.output_gradient(&dims[0], dtype)?;
                     let op = |args: &[Tensor]| op.fused(args, &mask(0.4));
                     run(op, &bases, &dims, View::Contiguous, &dy)?.iter().map(bits).collect()
                 })
@@ -658,7 +685,7 @@ proptest! {
             .collect();
         let args: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
         if let Ok(y) = op.fused(&args, &drop) {
-            prop_assert_eq!(y.dims(), dims);
+            prop_assert_eq!(y.dims(), op.output(&dims));
             let grads = y.backward().unwrap();
             for var in &vars {
                 prop_assert_eq!(grads.get(var).unwrap().dims(), var.dims());

@@ -1,30 +1,54 @@
-//! The GPT model: gradients, fused against unfused, saving, generation, refused configurations.
+//! The Transformer in both styles: gradients, fused against unfused, saving, generation, refused
+//! configurations.
 
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_dropout::{
-    Activation, AttentionMask, DropMask, GenerationConfig, Gpt, GptConfig, MaskGenerator, MaskKey,
-    Norm, reference, seeded_var_builder,
+    Activation, Architecture, AttentionMask, DropMask, GenerationConfig, MaskGenerator, MaskKey,
+    Norm, RopeScaling, Transformer, TransformerConfig, reference, seeded_var_builder,
 };
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
 
-fn tiny() -> GptConfig {
-    GptConfig {
+fn tiny() -> TransformerConfig {
+    TransformerConfig {
         vocab_size: 17,
-        n_positions: 12,
-        n_embd: 16,
-        n_layer: 2,
-        n_head: 4,
-        ..GptConfig::default()
+        max_position_embeddings: 12,
+        hidden_size: 16,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        ..TransformerConfig::gpt2()
     }
     .with_dropout(0.1)
 }
 
-fn model(config: &GptConfig, seed: u64) -> Result<(Gpt, VarMap)> {
+/// Grouped queries, a head of its own.
+fn tiny_llama() -> TransformerConfig {
+    TransformerConfig {
+        vocab_size: 17,
+        max_position_embeddings: 12,
+        hidden_size: 16,
+        intermediate_size: Some(24),
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: Some(2),
+        rope_theta: 100.,
+        rope_scaling: RopeScaling::None,
+        tie_word_embeddings: false,
+        ..TransformerConfig::llama()
+    }
+    .with_dropout(0.1)
+}
+
+/// Both styles, fused or not.
+fn styles(fused: bool) -> [TransformerConfig; 2] {
+    [tiny(), tiny_llama()].map(|config| TransformerConfig { fused, ..config })
+}
+
+fn new_model(config: &TransformerConfig, seed: u64) -> Result<(Transformer, VarMap)> {
     let vars = VarMap::new();
     let vb = seeded_var_builder(&vars, seed, DType::F32, &Device::Cpu);
-    Ok((Gpt::new(config, Arc::new(MaskGenerator::new(seed)), vb)?, vars))
+    Ok((Transformer::new(config, Arc::new(MaskGenerator::new(seed)), vb)?, vars))
 }
 
 /// Token ids `[b, t]` that follow a pattern a model can learn.
@@ -34,31 +58,25 @@ fn ids(b: usize, t: usize, step: usize) -> Result<Tensor> {
     Tensor::from_vec(ids, (b, t), &Device::Cpu)
 }
 
-fn loss(gpt: &Gpt, ids: &Tensor, train: bool) -> Result<Tensor> {
+fn loss(model: &Transformer, ids: &Tensor, train: bool) -> Result<Tensor> {
     let t = ids.dim(1)? - 1;
-    let logits = gpt.forward(&ids.narrow(1, 0, t)?.contiguous()?, train)?;
+    let logits = model.forward(&ids.narrow(1, 0, t)?.contiguous()?, train)?;
     cross_entropy(&logits.flatten_to(1)?, &ids.narrow(1, 1, t)?.flatten_all()?)
 }
 
 #[test]
 fn every_parameter_receives_a_finite_non_zero_gradient() -> Result<()> {
-    for fused in [true, false] {
+    for config in [true, false].into_iter().flat_map(styles) {
         for drop_path_rate in [0.0, 0.3] {
-            let (gpt, vars) = model(&GptConfig { drop_path_rate, fused, ..tiny() }, 1)?;
-            let grads = loss(&gpt, &ids(8, 13, 0)?, true)?.backward()?;
+            let config = TransformerConfig { drop_path_rate, ..config.clone() };
+            let what = |name: &str| format!("{name} ({config:?})");
+            let (model, vars) = new_model(&config, 1)?;
+            let grads = loss(&model, &ids(8, 13, 0)?, true)?.backward()?;
             for (name, var) in vars.data().lock().unwrap().iter() {
-                let grad = grads
-                    .get(var)
-                    .unwrap_or_else(|| panic!("{name} has no gradient (fused: {fused})"));
+                let grad = grads.get(var).unwrap_or_else(|| panic!("no gradient: {}", what(name)));
                 let grad = grad.flatten_all()?.to_vec1::<f32>()?;
-                assert!(
-                    grad.iter().all(|g| g.is_finite()),
-                    "{name}: gradient not finite (fused: {fused})"
-                );
-                assert!(
-                    grad.iter().any(|g| *g != 0.0),
-                    "{name}: gradient is zero (fused: {fused})"
-                );
+                assert!(grad.iter().all(|g| g.is_finite()), "gradient not finite: {}", what(name));
+                assert!(grad.iter().any(|g| *g != 0.0), "gradient is zero: {}", what(name));
             }
         }
     }
@@ -70,14 +88,14 @@ fn activations_beyond_256_train_in_f16() -> Result<()> {
     for fused in [true, false] {
         let vars = VarMap::new();
         let vb = seeded_var_builder(&vars, 1, DType::F16, &Device::Cpu);
-        let config = GptConfig { fused, ..tiny() };
-        let gpt = Gpt::new(&config, Arc::new(MaskGenerator::new(1)), vb)?;
+        let config = TransformerConfig { fused, ..tiny() };
+        let model = Transformer::new(&config, Arc::new(MaskGenerator::new(1)), vb)?;
         let large: Vec<f32> = (0..64).map(|i| if i % 2 == 0 { 300. } else { -2000. }).collect();
         let large = Tensor::new(large, &Device::Cpu)?.to_dtype(DType::F16)?;
         let vars = vars.data().lock().unwrap();
         vars["h.0.mlp.c_fc.bias"].set(&large)?;
 
-        let logits = gpt.forward(&ids(8, 12, 0)?, true)?.to_dtype(DType::F32)?.flatten_to(1)?;
+        let logits = model.forward(&ids(8, 12, 0)?, true)?.to_dtype(DType::F32)?.flatten_to(1)?;
         let grads = cross_entropy(&logits, &ids(8, 12, 1)?.flatten_all()?)?.backward()?;
         for (name, var) in vars.iter() {
             let grad = grads.get(var).unwrap().to_dtype(DType::F32)?.flatten_all()?;
@@ -90,64 +108,126 @@ fn activations_beyond_256_train_in_f16() -> Result<()> {
 
 #[test]
 fn fused_and_unfused_training_agree() -> Result<()> {
-    let train = |fused| -> Result<Vec<f32>> {
-        let (gpt, vars) = model(&GptConfig { drop_path_rate: 0.1, fused, ..tiny() }, 3)?;
-        let mut adamw =
-            AdamW::new(vars.all_vars(), ParamsAdamW { lr: 3e-3, ..Default::default() })?;
-        let step = |step| {
-            let loss = loss(&gpt, &ids(8, 13, step)?, true)?;
-            adamw.backward_step(&loss)?;
-            loss.to_scalar()
+    for config in styles(true) {
+        let train = |fused| -> Result<Vec<f32>> {
+            let config = TransformerConfig { drop_path_rate: 0.1, fused, ..config.clone() };
+            let (model, vars) = new_model(&config, 3)?;
+            let mut adamw =
+                AdamW::new(vars.all_vars(), ParamsAdamW { lr: 3e-3, ..Default::default() })?;
+            let step = |step: usize| {
+                let loss = loss(&model, &ids(8, 13, step % 2)?, true)?;
+                adamw.backward_step(&loss)?;
+                loss.to_scalar()
+            };
+            (0..20).map(step).collect()
         };
-        (0..20).map(step).collect()
-    };
-    let (fused, unfused) = (train(true)?, train(false)?);
-    for (step, (a, b)) in fused.iter().zip(&unfused).enumerate() {
-        assert!((a - b).abs() < 1e-4, "step {step}: loss {a} fused, {b} unfused");
+        let (fused, unfused) = (train(true)?, train(false)?);
+        for (step, (a, b)) in fused.iter().zip(&unfused).enumerate() {
+            assert!((a - b).abs() < 1e-4, "step {step}: loss {a} fused, {b} unfused");
+        }
+        assert!(fused[19] < fused[0], "the loss did not fall: {fused:?}");
     }
-    assert!(fused[19] < fused[0], "the loss did not fall: {fused:?}");
+    Ok(())
+}
+
+#[test]
+fn training_with_flash_attention_and_with_materialised_scores_agree() -> Result<()> {
+    for config in styles(true) {
+        let train = |flash_attention| -> Result<Vec<f32>> {
+            let config = TransformerConfig { flash_attention, ..config.clone() };
+            let (model, vars) = new_model(&config, 3)?;
+            let mut adamw =
+                AdamW::new(vars.all_vars(), ParamsAdamW { lr: 3e-3, ..Default::default() })?;
+            let step = |step: usize| {
+                let loss = loss(&model, &ids(8, 13, step % 2)?, true)?;
+                adamw.backward_step(&loss)?;
+                loss.to_scalar()
+            };
+            (0..20).map(step).collect()
+        };
+        let (flash, materialised) = (train(true)?, train(false)?);
+        for (step, (a, b)) in flash.iter().zip(&materialised).enumerate() {
+            assert!((a - b).abs() < 1e-4, "step {step}: loss {a} flash, {b} materialised");
+        }
+        assert!(flash[19] < flash[0], "the loss did not fall: {flash:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_activation_agrees_fused_and_unfused() -> Result<()> {
+    use Activation::*;
+    for hidden_act in [GeluTanh, GeluErf, Silu, Relu, SwiGlu, GeGlu] {
+        let style = if hidden_act.is_gated() { tiny_llama() } else { tiny() };
+        let of = |fused| -> Result<(f64, Vec<(String, Tensor)>)> {
+            let config = TransformerConfig { hidden_act, fused, ..style.clone() };
+            let vars = VarMap::new();
+            let vb = seeded_var_builder(&vars, 1, DType::F64, &Device::Cpu);
+            let model = Transformer::new(&config, Arc::new(MaskGenerator::new(1)), vb)?;
+            let loss = loss(&model, &ids(2, 13, 0)?, true)?;
+            let grads = loss.backward()?;
+            let mut gradients = Vec::new();
+            for (name, var) in vars.data().lock().unwrap().iter() {
+                gradients.push((name.clone(), grads.get(var).unwrap().clone()));
+            }
+            gradients.sort_by(|a, b| a.0.cmp(&b.0));
+            Ok((loss.to_scalar()?, gradients))
+        };
+        let ((fused, gradients), (unfused, unfused_gradients)) = (of(true)?, of(false)?);
+        assert!((fused - unfused).abs() < 1e-9, "{hidden_act:?}: {fused} fused, {unfused} not");
+        for ((name, a), (_, b)) in gradients.iter().zip(&unfused_gradients) {
+            // Candle's own erf, in the exact GELU, is good to seven digits.
+            let error = difference(a, b)?;
+            assert!(error < 1e-7, "{hidden_act:?}: gradient of {name} off by {error:e}");
+        }
+    }
     Ok(())
 }
 
 #[test]
 fn the_same_masks_are_drawn_fused_or_not_and_none_in_evaluation() -> Result<()> {
     for (drop_p, drop_path_rate) in [(0.1, 0.1), (0.1, 0.0), (0.0, 0.0), (0.0, 0.5), (1.0, 1.0)] {
-        let logits = |fused| -> Result<(Vec<f32>, u64)> {
-            let config = GptConfig { drop_path_rate, fused, ..tiny().with_dropout(drop_p) };
+        let logits = |config: TransformerConfig| -> Result<(Vec<f32>, u64)> {
+            let config = TransformerConfig { drop_path_rate, ..config.with_dropout(drop_p) };
             let vars = VarMap::new();
             let masks = Arc::new(MaskGenerator::new(5));
-            let gpt = Gpt::new(
-                &config,
-                masks.clone(),
-                seeded_var_builder(&vars, 5, DType::F32, &Device::Cpu),
-            )?;
-            gpt.forward(&ids(3, 12, 0)?, false)?;
+            let vb = seeded_var_builder(&vars, 5, DType::F32, &Device::Cpu);
+            let model = Transformer::new(&config, masks.clone(), vb)?;
+            model.forward(&ids(3, 12, 0)?, false)?;
+            model.forward_cached(&ids(3, 12, 0)?, &mut model.kv_caches(12))?;
             assert_eq!(masks.state().counter, 0, "evaluation drew a key");
-            let logits = gpt.forward(&ids(3, 12, 0)?, true)?.flatten_all()?.to_vec1()?;
+            let logits = model.forward(&ids(3, 12, 0)?, true)?.flatten_all()?.to_vec1()?;
             Ok((logits, masks.state().counter))
         };
-        let ((fused, keys), (unfused, unfused_keys)) = (logits(true)?, logits(false)?);
-        assert_eq!((keys, unfused_keys), (11, 11), "1 + 5 n_layer keys a call");
-        for (a, b) in fused.iter().zip(&unfused) {
-            assert!(
-                (a - b).abs() < 1e-5,
-                "p {drop_p}, drop path {drop_path_rate}: {a} fused, {b} unfused"
-            );
+        for (fused, unfused) in styles(true).into_iter().zip(styles(false)) {
+            let ((fused, keys), (unfused, unfused_keys)) = (logits(fused)?, logits(unfused)?);
+            assert_eq!((keys, unfused_keys), (11, 11), "1 + 5 num_hidden_layers keys a call");
+            for (a, b) in fused.iter().zip(&unfused) {
+                assert!(
+                    (a - b).abs() < 1e-5,
+                    "p {drop_p}, drop path {drop_path_rate}: {a} fused, {b} unfused"
+                );
+            }
         }
     }
     Ok(())
 }
 
+fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+    (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
+}
+
 /// The mask of every dropout site in the order of their keys, with the shape of what it drops.
 fn sites(
-    config: &GptConfig,
+    config: &TransformerConfig,
     seed: u64,
     (b, t): (usize, usize),
 ) -> Result<Vec<(DropMask, Vec<usize>)>> {
-    let GptConfig { n_embd: c, n_head: h, n_layer, .. } = *config;
+    let TransformerConfig { hidden_size: c, num_attention_heads: h, num_hidden_layers, .. } =
+        *config;
     let mut sites = vec![(config.embd_pdrop, vec![b, t, c])];
-    for layer in 1..=n_layer {
-        let drop_path = config.drop_path_rate * layer as f32 / n_layer as f32;
+    for layer in 1..=num_hidden_layers {
+        let drop_path = config.drop_path_rate * layer as f32 / num_hidden_layers as f32;
         sites.extend([
             (config.attn_pdrop, vec![b, h, t, t]),
             (config.resid_pdrop, vec![b, t, c]),
@@ -162,37 +242,76 @@ fn sites(
     sites.into_iter().enumerate().map(keyed).collect()
 }
 
-/// The logits of a GPT from the formulas, with these masks as (keep, scale).
+/// The logits of a model from the formulas, with these masks as (keep, scale).
 fn reference_logits(
-    config: &GptConfig,
+    config: &TransformerConfig,
     vars: &VarMap,
     ids: &Tensor,
     masks: &[(Tensor, f64)],
 ) -> Result<Tensor> {
     let vars = vars.data().lock().unwrap();
+    let var = |name: &str| vars[name].as_tensor();
     let (b, t) = ids.dims2()?;
-    let (c, h) = (config.n_embd, config.n_head);
+    let (c, h) = (config.hidden_size, config.num_attention_heads);
+    let is_llama = config.architecture == Architecture::Llama;
     let norm = |x: &Tensor, name: String| {
-        let [weight, bias] = ["weight", "bias"].map(|v| vars[&format!("{name}.{v}")].as_tensor());
-        let bias = Some(bias.clone());
-        reference::norm(x, &Norm::layer_norm(weight.clone(), bias, config.layer_norm_epsilon))
+        let weight = var(&format!("{name}.weight")).clone();
+        let norm = match is_llama {
+            true => Norm::rms_norm(weight, config.norm_eps),
+            false => {
+                let bias = Some(var(&format!("{name}.bias")).clone());
+                Norm::layer_norm(weight, bias, config.norm_eps)
+            }
+        };
+        reference::norm(x, &norm)
     };
     let linear = |x: &Tensor, name: String| {
-        let [weight, bias] = ["weight", "bias"].map(|v| vars[&format!("{name}.{v}")].as_tensor());
-        x.broadcast_matmul(weight)?.broadcast_add(bias)
+        let weight = var(&format!("{name}.weight"));
+        let weight = if is_llama { weight.t()? } else { weight.clone() };
+        x.broadcast_matmul(&weight)?.broadcast_add(var(&format!("{name}.bias")))
     };
-    let wte = vars["wte.weight"].as_tensor();
-    let tokens = wte.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, c))?;
-    let x = tokens.broadcast_add(&vars["wpe.weight"].narrow(0, 0, t)?)?;
+    let heads = |x: &Tensor| x.reshape((b, t, (), c / h))?.transpose(1, 2)?.contiguous();
+    // Turned to its position: each element of the first half with its twin in the second.
+    let rotate = |x: &Tensor| {
+        let half = c / h / 2;
+        let angle = |at: usize| {
+            let exponent = (at % half) as f64 / half as f64;
+            (at / half) as f64 / config.rope_theta.powf(exponent)
+        };
+        let angles = Tensor::from_iter((0..t * half).map(angle), &Device::Cpu)?;
+        let angles = angles.reshape((t, half))?;
+        candle_nn::rotary_emb::rope_slow(x, &angles.cos()?, &angles.sin()?)
+    };
+    let tokens = var(if is_llama { "model.embed_tokens.weight" } else { "wte.weight" });
+    let x = tokens.index_select(&ids.flatten_all()?, 0)?.reshape((b, t, c))?;
+    let x = match is_llama {
+        true => x,
+        false => x.broadcast_add(&var("wpe.weight").narrow(0, 0, t)?)?,
+    };
     let mut masks = masks.iter();
     let mut next = || masks.next().unwrap();
     let (keep, scale) = next();
     let mut x = reference::dropout(&x, keep, *scale)?;
-    for layer in 0..config.n_layer {
-        let qkv = linear(&norm(&x, format!("h.{layer}.ln_1"))?, format!("h.{layer}.attn.c_attn"))?;
-        let qkv = qkv.chunk(3, 2)?;
-        let heads = |x: &Tensor| x.reshape((b, t, h, c / h))?.transpose(1, 2)?.contiguous();
-        let (q, k, v) = (heads(&qkv[0])?, heads(&qkv[1])?, heads(&qkv[2])?);
+    for layer in 0..config.num_hidden_layers {
+        let of = |llama: &str, gpt2: &str| match is_llama {
+            true => format!("model.layers.{layer}.{llama}"),
+            false => format!("h.{layer}.{gpt2}"),
+        };
+        let n = norm(&x, of("input_layernorm", "ln_1"))?;
+        let [q, k, v] = if is_llama {
+            let part = |name: &str| heads(&linear(&n, of(name, ""))?);
+            let (q, k) = (part("self_attn.q_proj")?, part("self_attn.k_proj")?);
+            let [k, v] = [rotate(&k)?, part("self_attn.v_proj")?].map(|x| {
+                // Written out: heads 0, 0, 1, 1 of two for four heads of queries.
+                let group = h / config.num_key_value_heads.unwrap();
+                let head = |head: usize| x.narrow(1, head / group, 1).unwrap();
+                Tensor::cat(&(0..h).map(head).collect::<Vec<_>>(), 1).unwrap()
+            });
+            [rotate(&q)?, k, v]
+        } else {
+            let qkv = linear(&n, of("", "attn.c_attn"))?.chunk(3, 2)?;
+            [heads(&qkv[0])?, heads(&qkv[1])?, heads(&qkv[2])?]
+        };
         let (keep, scale) = next();
         let scores = q.matmul(&k.t()?.contiguous()?)?;
         let of_key = 1. / ((c / h) as f64).sqrt();
@@ -204,26 +323,42 @@ fn reference_logits(
             let y = reference::dropout(&y, keep, *scale)?;
             reference::drop_path_add(&y, x, path_keep, *path_scale)
         };
-        x = add(&x, linear(&y, format!("h.{layer}.attn.c_proj"))?)?;
-        let u = linear(&norm(&x, format!("h.{layer}.ln_2"))?, format!("h.{layer}.mlp.c_fc"))?;
-        let all = Tensor::ones(u.shape(), DType::U8, &Device::Cpu)?;
-        let y = reference::activation_dropout(&u, None, Activation::GeluTanh, &all, 1.)?;
-        x = add(&x, linear(&y, format!("h.{layer}.mlp.c_proj"))?)?;
+        x = add(&x, linear(&y, of("self_attn.o_proj", "attn.c_proj"))?)?;
+        let n = norm(&x, of("post_attention_layernorm", "ln_2"))?;
+        let y = if is_llama {
+            let gate = linear(&n, of("mlp.gate_proj", ""))?;
+            gate.silu()? * linear(&n, of("mlp.up_proj", ""))?
+        } else {
+            let u = linear(&n, of("", "mlp.c_fc"))?;
+            let all = Tensor::ones(u.shape(), DType::U8, &Device::Cpu)?;
+            reference::activation_dropout(&u, None, Activation::GeluTanh, &all, 1.)
+        };
+        x = add(&x, linear(&y?, of("mlp.down_proj", "mlp.c_proj"))?)?;
     }
-    norm(&x, "ln_f".into())?.broadcast_matmul(&wte.t()?)
+    let head = if is_llama { var("lm_head.weight") } else { tokens };
+    norm(&x, if is_llama { "model.norm" } else { "ln_f" }.into())?.broadcast_matmul(&head.t()?)
 }
 
 #[test]
 fn every_site_drops_exactly_what_its_key_says_fused_or_not() -> Result<()> {
-    let config = GptConfig {
-        vocab_size: 7,
-        n_positions: 5,
-        n_head: 2,
-        initializer_range: 0.3,
-        drop_path_rate: 0.5,
-        ..tiny()
+    for style in [tiny(), tiny_llama()] {
+        every_site_drops_what_its_key_says(TransformerConfig {
+            vocab_size: 7,
+            max_position_embeddings: 5,
+            num_attention_heads: 2,
+            num_key_value_heads: style.num_key_value_heads.and(Some(1)),
+            initializer_range: 0.3,
+            drop_path_rate: 0.5,
+            // Without, a token whose attention is all dropped adds zeros, dropped or not.
+            attention_bias: true,
+            mlp_bias: true,
+            ..style.with_dropout(0.5)
+        })?;
     }
-    .with_dropout(0.5);
+    Ok(())
+}
+
+fn every_site_drops_what_its_key_says(config: TransformerConfig) -> Result<()> {
     let ids = Tensor::new(&[[0u32, 5, 3, 3, 1], [6, 2, 4, 0, 5], [1, 1, 2, 6, 3]], &Device::Cpu)?;
     let (b, t) = ids.dims2()?;
     let seed = 11;
@@ -233,18 +368,15 @@ fn every_site_drops_exactly_what_its_key_says_fused_or_not() -> Result<()> {
         Ok((keep, mask.rate().scale().into()))
     };
     let law = sites.iter().map(law).collect::<Result<Vec<_>>>()?;
-    let difference = |a: &Tensor, b: &Tensor| -> Result<f64> {
-        (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
-    };
 
-    // Logits and gradients of both forms are those of the formulas with the masks of the law.
+    // Logits and gradients of all forms are those of the formulas with the masks of the law.
     let vars = VarMap::new();
     let mut expected = None;
-    for fused in [true, false] {
-        let config = GptConfig { fused, ..config.clone() };
+    for (fused, flash_attention) in [(true, true), (true, false), (false, false)] {
+        let config = TransformerConfig { fused, flash_attention, ..config.clone() };
         let vb = seeded_var_builder(&vars, 1, DType::F64, &Device::Cpu);
         let masks = Arc::new(MaskGenerator::new(seed));
-        let gpt = Gpt::new(&config, masks.clone(), vb)?;
+        let model = Transformer::new(&config, masks.clone(), vb)?;
         // Biases begin as zeros, and which of these are dropped does not show.
         for (name, var) in vars.data().lock().unwrap().iter() {
             if name.ends_with(".bias") && fused {
@@ -252,7 +384,7 @@ fn every_site_drops_exactly_what_its_key_says_fused_or_not() -> Result<()> {
                 var.set(&Tensor::from_vec(values, var.dims(), &Device::Cpu)?)?;
             }
         }
-        let logits = gpt.forward(&ids, true)?;
+        let logits = model.forward(&ids, true)?;
         assert_eq!(masks.state().counter as usize, sites.len());
         let formula = reference_logits(&config, &vars, &ids, &law)?;
         let error = difference(&logits, &formula)?;
@@ -300,10 +432,10 @@ fn every_site_drops_exactly_what_its_key_says_fused_or_not() -> Result<()> {
 
 #[test]
 fn training_mode_without_dropout_is_evaluation_mode() -> Result<()> {
-    for fused in [true, false] {
-        let (gpt, _) = model(&GptConfig { fused, ..tiny().with_dropout(0.0) }, 1)?;
+    for config in [true, false].into_iter().flat_map(styles) {
+        let (model, _) = new_model(&config.with_dropout(0.0), 1)?;
         let logits = |train| -> Result<Vec<f32>> {
-            gpt.forward(&ids(2, 9, 0)?, train)?.flatten_all()?.to_vec1()
+            model.forward(&ids(2, 9, 0)?, train)?.flatten_all()?.to_vec1()
         };
         assert_eq!(logits(true)?, logits(false)?);
     }
@@ -312,14 +444,16 @@ fn training_mode_without_dropout_is_evaluation_mode() -> Result<()> {
 
 #[test]
 fn a_token_sees_only_what_precedes_it() -> Result<()> {
-    let (gpt, _) = model(&tiny(), 1)?;
-    let logits = |last: u32| -> Result<Vec<Vec<f32>>> {
-        let ids = Tensor::new(&[[1u32, 2, 3, last]], &Device::Cpu)?;
-        gpt.forward(&ids, false)?.squeeze(0)?.to_vec2()
-    };
-    let (a, b) = (logits(4)?, logits(5)?);
-    assert_eq!(a[..3], b[..3]);
-    assert_ne!(a[3], b[3]);
+    for config in [true, false].into_iter().flat_map(styles) {
+        let (model, _) = new_model(&config, 1)?;
+        let logits = |last: u32| -> Result<Vec<Vec<f32>>> {
+            let ids = Tensor::new(&[[1u32, 2, 3, last]], &Device::Cpu)?;
+            model.forward(&ids, false)?.squeeze(0)?.to_vec2()
+        };
+        let (a, b) = (logits(4)?, logits(5)?);
+        assert_eq!(a[..3], b[..3]);
+        assert_ne!(a[3], b[3]);
+    }
     Ok(())
 }
 
@@ -327,28 +461,31 @@ fn a_token_sees_only_what_precedes_it() -> Result<()> {
 fn saved_weights_load_into_an_equal_model() -> Result<()> {
     let path =
         std::env::temp_dir().join(format!("candle-dropout-gpt-{}.safetensors", std::process::id()));
-    let (gpt, vars) = model(&tiny(), 1)?;
+    let (model, vars) = new_model(&tiny(), 1)?;
     vars.save(&path)?;
 
-    let logits = |gpt: &Gpt| -> Result<Vec<f32>> {
-        gpt.forward(&ids(2, 9, 0)?, false)?.flatten_all()?.to_vec1()
+    let logits = |model: &Transformer| -> Result<Vec<f32>> {
+        model.forward(&ids(2, 9, 0)?, false)?.flatten_all()?.to_vec1()
     };
-    let (other, mut other_vars) = model(&tiny(), 2)?;
-    assert_ne!(logits(&gpt)?, logits(&other)?);
+    let (other, mut other_vars) = new_model(&tiny(), 2)?;
+    assert_ne!(logits(&model)?, logits(&other)?);
     other_vars.load(&path)?;
-    assert_eq!(logits(&gpt)?, logits(&other)?);
+    assert_eq!(logits(&model)?, logits(&other)?);
 
     // For use without training, the file itself can back the model.
     let tensors = candle_core::safetensors::load(&path, &Device::Cpu)?;
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
-    assert_eq!(logits(&gpt)?, logits(&Gpt::new(&tiny(), Arc::new(MaskGenerator::new(0)), vb)?)?);
+    assert_eq!(
+        logits(&model)?,
+        logits(&Transformer::new(&tiny(), Arc::new(MaskGenerator::new(0)), vb)?)?
+    );
     std::fs::remove_file(path)?;
     Ok(())
 }
 
 #[test]
 fn parameter_names_and_layout_are_those_of_gpt2() -> Result<()> {
-    let (_, vars) = model(&tiny(), 1)?;
+    let (_, vars) = new_model(&tiny(), 1)?;
     let vars = vars.data().lock().unwrap();
     let dims = |name: &str| vars.get(name).unwrap_or_else(|| panic!("no {name}")).dims().to_vec();
     assert_eq!(vars.len(), 4 + 2 * 12);
@@ -364,26 +501,123 @@ fn parameter_names_and_layout_are_those_of_gpt2() -> Result<()> {
 }
 
 #[test]
+fn parameter_names_and_layout_are_those_of_llama() -> Result<()> {
+    let config = TransformerConfig { attention_bias: true, mlp_bias: true, ..tiny_llama() };
+    let (_, vars) = new_model(&TransformerConfig { head_dim: Some(6), ..config }, 1)?;
+    let vars = vars.data().lock().unwrap();
+    let dims = |name: &str| vars.get(name).unwrap_or_else(|| panic!("no {name}")).dims().to_vec();
+    assert_eq!(vars.len(), 3 + 2 * 16);
+    assert_eq!(dims("model.embed_tokens.weight"), [17, 16]);
+    assert_eq!(dims("model.layers.0.input_layernorm.weight"), [16]);
+    assert_eq!(dims("model.layers.0.self_attn.q_proj.weight"), [24, 16]);
+    assert_eq!(dims("model.layers.0.self_attn.k_proj.weight"), [12, 16]);
+    assert_eq!(dims("model.layers.1.self_attn.v_proj.bias"), [12]);
+    assert_eq!(dims("model.layers.1.self_attn.o_proj.weight"), [16, 24]);
+    assert_eq!(dims("model.layers.1.post_attention_layernorm.weight"), [16]);
+    assert_eq!(dims("model.layers.1.mlp.gate_proj.weight"), [24, 16]);
+    assert_eq!(dims("model.layers.1.mlp.up_proj.bias"), [24]);
+    assert_eq!(dims("model.layers.1.mlp.down_proj.weight"), [16, 24]);
+    assert_eq!(dims("model.norm.weight"), [16]);
+    assert_eq!(dims("lm_head.weight"), [17, 16]);
+    Ok(())
+}
+
+/// A model in f64, whose logits spread enough that no two tokens are equally likely.
+fn exact_model(config: &TransformerConfig) -> Result<Transformer> {
+    let config = TransformerConfig {
+        initializer_range: 0.7,
+        tie_word_embeddings: false, // tied, it would say the same token again and again
+        ..config.clone()
+    };
+    let vb = seeded_var_builder(&VarMap::new(), 6, DType::F64, &Device::Cpu);
+    Transformer::new(&config, Arc::new(MaskGenerator::new(0)), vb)
+}
+
+#[test]
+fn a_cache_changes_no_logits() -> Result<()> {
+    for config in [true, false].into_iter().flat_map(styles) {
+        let model = exact_model(&config)?;
+        let ids = ids(3, 12, 2)?;
+        let expected = model.forward(&ids, false)?;
+        // Room for all tokens, or caches that grow.
+        for capacity in [12, 1, 0] {
+            let mut caches = model.kv_caches(capacity);
+            for (start, t) in [(0, 5), (5, 1), (6, 1), (7, 3), (10, 2)] {
+                let logits = model.forward_cached(&ids.narrow(1, start, t)?, &mut caches)?;
+                let expected = expected.narrow(1, start + t - 1, 1)?.squeeze(1)?;
+                let error = difference(&logits, &expected)?;
+                assert!(error < 1e-12, "{start} + {t}: logits off by {error:e}");
+            }
+            let error = model.forward_cached(&ids.narrow(1, 0, 1)?, &mut caches).unwrap_err();
+            assert!(error.to_string().contains("12 cached + T <= max_position_embeddings = 12"));
+        }
+        let mut caches = model.kv_caches(12);
+        model.forward_cached(&ids.narrow(1, 0, 2)?, &mut caches)?;
+        let error = model.forward_cached(&ids.narrow(0, 0, 2)?, &mut caches).unwrap_err();
+        assert!(
+            error.to_string().contains("expected 3 sequences like the caches hold, got [2, 12]")
+        );
+        let error = model.forward_cached(&ids, &mut []).unwrap_err().to_string();
+        assert!(error.contains("transformer: caches: expected 2, one a block, got 0"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn cached_text_is_that_of_computing_every_window_anew() -> Result<()> {
+    for config in [true, false].into_iter().flat_map(styles) {
+        for prompt_len in [2, 12, 13, 31] {
+            let prompt = &(0..prompt_len).map(|at| at * at * 3 % 17).collect::<Vec<u32>>();
+            let model = exact_model(&config)?;
+            let settings =
+                GenerationConfig { max_new_tokens: 40, temperature: 0., ..Default::default() };
+            let text = model.generate(prompt, &settings)?;
+            let (mut ids, mut start) = (prompt.to_vec(), 0);
+            for _ in 0..settings.max_new_tokens {
+                // The window moves on by half of its 12 tokens when it is full.
+                while ids.len() - start > 12 {
+                    start += 6;
+                }
+                let window = Tensor::new(&ids[start..], &Device::Cpu)?.unsqueeze(0)?;
+                let last = model.forward(&window, false)?.squeeze(0)?.get(ids.len() - start - 1)?;
+                ids.push(last.argmax(0)?.to_scalar()?);
+            }
+            assert_eq!(text, ids);
+            let distinct =
+                text[prompt.len()..].iter().collect::<std::collections::HashSet<_>>().len();
+            assert!(distinct > 3, "too dull a text to tell: {text:?}");
+            // In two calls as in one.
+            let half = GenerationConfig { max_new_tokens: 20, ..settings };
+            assert_eq!(model.generate(&model.generate(prompt, &half)?, &half)?, text);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn generation_is_repeatable_and_obeys_its_settings() -> Result<()> {
-    let (gpt, _) = model(&tiny(), 1)?;
+    let (model, _) = new_model(&tiny(), 1)?;
     let config = GenerationConfig { max_new_tokens: 30, seed: 4, ..Default::default() };
-    let text = gpt.generate(&[1, 2, 3], &config)?;
-    assert_eq!(text.len(), 33); // longer than n_positions: the context slides
+    let text = model.generate(&[1, 2, 3], &config)?;
+    assert_eq!(text.len(), 33); // longer than max_position_embeddings: the context slides
     assert_eq!(text[..3], [1, 2, 3]);
     assert!(text.iter().all(|&id| id < 17));
-    assert_eq!(text, gpt.generate(&[1, 2, 3], &config)?);
-    assert_ne!(text, gpt.generate(&[1, 2, 3], &GenerationConfig { seed: 5, ..config.clone() })?);
+    assert_eq!(text, model.generate(&[1, 2, 3], &config)?);
+    assert_ne!(text, model.generate(&[1, 2, 3], &GenerationConfig { seed: 5, ..config.clone() })?);
 
-    let greedy = gpt.generate(&[1], &GenerationConfig { temperature: 0.0, ..config.clone() })?;
-    assert_eq!(greedy, gpt.generate(&[1], &GenerationConfig { top_k: Some(1), ..config.clone() })?);
+    let greedy = model.generate(&[1], &GenerationConfig { temperature: 0.0, ..config.clone() })?;
+    assert_eq!(
+        greedy,
+        model.generate(&[1], &GenerationConfig { top_k: Some(1), ..config.clone() })?
+    );
     Ok(())
 }
 
 #[test]
 fn bad_generation_settings_are_refused() -> Result<()> {
-    let (gpt, _) = model(&tiny(), 1)?;
+    let (model, _) = new_model(&tiny(), 1)?;
     let config = GenerationConfig::default;
-    let error = |prompt: &[u32], config| gpt.generate(prompt, &config).unwrap_err().to_string();
+    let error = |prompt: &[u32], config| model.generate(prompt, &config).unwrap_err().to_string();
     assert!(
         error(&[], config()).starts_with("generate: prompt: expected at least 1 token, got none")
     );
@@ -408,12 +642,12 @@ fn bad_generation_settings_are_refused() -> Result<()> {
 
 #[test]
 fn a_model_that_has_diverged_generates_an_error_at_every_temperature() -> Result<()> {
-    let (gpt, vars) = model(&tiny(), 1)?;
+    let (model, vars) = new_model(&tiny(), 1)?;
     let nan = Tensor::full(f32::NAN, 16, &Device::Cpu)?;
     vars.data().lock().unwrap()["ln_f.bias"].set(&nan)?;
     for temperature in [0., 1.] {
         let config = GenerationConfig { temperature, ..Default::default() };
-        let error = gpt.generate(&[1], &config).unwrap_err().to_string();
+        let error = model.generate(&[1], &config).unwrap_err().to_string();
         assert!(error.starts_with("generate: logits: expected finite numbers, got NaN"), "{error}");
     }
     Ok(())
@@ -423,31 +657,59 @@ fn a_model_that_has_diverged_generates_an_error_at_every_temperature() -> Result
 fn bad_configurations_are_refused_before_any_variable_is_made() {
     let cases = [
         (
-            GptConfig { n_head: 3, ..tiny() },
-            "gpt: n_embd: expected a multiple of n_head = 3, got 16",
-        ),
-        (GptConfig { n_layer: 0, ..tiny() }, "gpt: n_layer: expected at least 1, got 0"),
-        (
-            GptConfig { attn_pdrop: 1.5, ..tiny() },
-            "gpt: attn_pdrop: expected a probability from 0 to 1, got 1.5",
+            TransformerConfig { num_key_value_heads: Some(3), ..tiny_llama() },
+            "transformer: num_key_value_heads: expected a divisor of num_attention_heads = 4, got 3",
         ),
         (
-            GptConfig { resid_pdrop: f32::NAN, ..tiny() },
-            "gpt: resid_pdrop: expected a probability from 0 to 1, got NaN",
+            TransformerConfig { head_dim: Some(5), ..tiny_llama() },
+            "transformer: head_dim: expected an even number for rotary positions, got 5",
         ),
         (
-            GptConfig { drop_path_rate: -0.1, ..tiny() },
-            "gpt: drop_path_rate: expected a probability from 0 to 1",
+            TransformerConfig { hidden_act: Activation::Silu, ..tiny_llama() },
+            "transformer: hidden_act: expected a gated activation for Llama, got Silu",
         ),
         (
-            GptConfig { initializer_range: 0.0, ..tiny() },
-            "gpt: initializer_range: expected a positive number, got 0",
+            TransformerConfig { hidden_act: Activation::SwiGlu, ..tiny() },
+            "transformer: hidden_act: expected an activation without a gate for Gpt2, got SwiGlu",
+        ),
+        (
+            TransformerConfig { rope_theta: 0., ..tiny_llama() },
+            "transformer: rope_theta: expected a positive number, got 0",
+        ),
+        (
+            TransformerConfig { rope_scaling: RopeScaling::Linear { factor: 0. }, ..tiny_llama() },
+            "rope: scaling.factor: expected a positive number, got 0",
+        ),
+        (
+            TransformerConfig { num_attention_heads: 3, ..tiny() },
+            "transformer: hidden_size: expected a multiple of num_attention_heads = 3, got 16",
+        ),
+        (
+            TransformerConfig { num_hidden_layers: 0, ..tiny() },
+            "transformer: num_hidden_layers: expected at least 1, got 0",
+        ),
+        (
+            TransformerConfig { attn_pdrop: 1.5, ..tiny() },
+            "transformer: attn_pdrop: expected a probability from 0 to 1, got 1.5",
+        ),
+        (
+            TransformerConfig { resid_pdrop: f32::NAN, ..tiny() },
+            "transformer: resid_pdrop: expected a probability from 0 to 1, got NaN",
+        ),
+        (
+            TransformerConfig { drop_path_rate: -0.1, ..tiny() },
+            "transformer: drop_path_rate: expected a probability from 0 to 1",
+        ),
+        (
+            TransformerConfig { initializer_range: 0.0, ..tiny() },
+            "transformer: initializer_range: expected a positive number, got 0",
         ),
     ];
     for (config, expected) in cases {
         let vars = VarMap::new();
         let vb = seeded_var_builder(&vars, 1, DType::F32, &Device::Cpu);
-        let error = Gpt::new(&config, Arc::new(MaskGenerator::new(1)), vb).unwrap_err().to_string();
+        let error =
+            Transformer::new(&config, Arc::new(MaskGenerator::new(1)), vb).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
         assert!(vars.all_vars().is_empty());
     }
@@ -455,10 +717,10 @@ fn bad_configurations_are_refused_before_any_variable_is_made() {
 
 #[test]
 fn ids_that_do_not_fit_are_refused() -> Result<()> {
-    let (gpt, _) = model(&tiny(), 1)?;
-    let error = gpt.forward(&ids(1, 13, 0)?, false).unwrap_err().to_string();
-    assert!(error.contains("1 <= T <= n_positions = 12, got [1, 13]"), "{error}");
-    assert!(gpt.forward(&Tensor::new(&[1u32, 2], &Device::Cpu)?, false).is_err());
-    assert!(gpt.forward(&Tensor::new(&[[17u32]], &Device::Cpu)?, false).is_err());
+    let (model, _) = new_model(&tiny(), 1)?;
+    let error = model.forward(&ids(1, 13, 0)?, false).unwrap_err().to_string();
+    assert!(error.contains("0 cached + T <= max_position_embeddings = 12, got [1, 13]"), "{error}");
+    assert!(model.forward(&Tensor::new(&[1u32, 2], &Device::Cpu)?, false).is_err());
+    assert!(model.forward(&Tensor::new(&[[17u32]], &Device::Cpu)?, false).is_err());
     Ok(())
 }

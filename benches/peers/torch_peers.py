@@ -131,6 +131,9 @@ OPS = {
     "drop_path_add": (drop_path_add, 2),
 }
 
+# All scores, or those up to the query's own key; as examples/gpu_bundle/attention.rs names them.
+ATTENTION = ("attention", "attention_causal")
+
 
 def arguments(name, shape, dtype, device):
     shapes = [shape] * OPS[name][1]
@@ -371,32 +374,48 @@ class Peers:
         x = [arguments("dropout", shape, DTYPES[dtype], self.device)[0] for _ in range(sets)]
         self.add("eager", "copy", "forward", dtype, 0.0, shape, self.timer.time(sets, lambda at: x[at].clone()))
 
-    def attention(self, dtype, shape, drop_p):
+    def attention(self, op, dtype, shape, drop_p):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         b, h, t, d = shape
+        causal, rows = op == "attention_causal", min(shape[2], 32)
         q, k, v = (torch.randn(shape, device=self.device).to(DTYPES[dtype]).requires_grad_() for _ in range(3))
         dy = torch.randn_like(q)
-        scores = (q[0, 0].detach().double() @ k[0, 0].detach().double().t()) / math.sqrt(d)
-        future = torch.ones(t, t, dtype=torch.bool, device=self.device).triu(1)
-        exact = scores.masked_fill(future, -math.inf).softmax(-1) @ v[0, 0].detach().double()
+        # The last queries of the first head.
+        part = lambda x: x[0, 0].detach().double()
+        scores = (part(q)[-rows:] @ part(k).t()) / math.sqrt(d)
+        future = torch.ones(rows, t, dtype=torch.bool, device=self.device).triu(t - rows + 1)
+        exact = (scores.masked_fill(future, -math.inf) if causal else scores).softmax(-1) @ part(v)
+
+        def peak(work):
+            """Memory beyond the arguments; None on the CPU, where PyTorch does not count."""
+            if not self.timer.cuda:
+                return {}
+            work()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            torch.cuda.synchronize()
+            return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
 
         def measure(backend):
             with sdpa_kernel(backend):
-                call = lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=drop_p, is_causal=True)
+                call = lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=drop_p, is_causal=causal)
                 off = lambda y: ((y.double() - exact).norm() / exact.norm()).item()
                 with torch.no_grad():
-                    one = off(call()[0, 0])
+                    one = off(call()[0, 0, -rows:])
                     if drop_p == 0:
                         assert one <= TOLERANCE[dtype], f"{backend}: off by {one:.1e}"
                     else:
                         # The mask stays inside; the mean over draws must approach the undropped output.
-                        mean = sum(call()[0, 0].double() for _ in range(16)) / 16
+                        mean = sum(call()[0, 0, -rows:].double() for _ in range(16)) / 16
                         assert TOLERANCE[dtype] < one and off(mean) < one / 2, f"{backend}: {one:.1e}, mean {off(mean):.1e}"
                     timing = self.timer.time(1, lambda _: call())
-                flop = 4 * b * h * t * t * d / 2
+                    memory = peak(call)
+                flop = 4 * b * h * t * t * d / (2 if causal else 1)
                 name = backend.name.lower()
-                self.add(name, "attention", "forward", dtype, drop_p, shape, timing, flop=flop)
+                self.add(name, op, "forward", dtype, drop_p, shape, timing, flop=flop, **memory)
 
                 def forward_backward(_):
                     q.grad = k.grad = v.grad = None
@@ -404,11 +423,12 @@ class Peers:
                     return q.grad
 
                 timing = self.timer.time(1, forward_backward)
-                self.add(name, "attention", "forward_backward", dtype, drop_p, shape, timing, flop=3.5 * flop)
+                memory = peak(lambda: forward_backward(0))
+                self.add(name, op, "forward_backward", dtype, drop_p, shape, timing, flop=3.5 * flop, **memory)
 
         for backend in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION,
                         SDPBackend.CUDNN_ATTENTION):
-            what = f"attention, {backend.name}, {dtype}, drop p {drop_p}, {shape}"
+            what = f"{op}, {backend.name}, {dtype}, drop p {drop_p}, {shape}"
             self.attempt(what, functools.partial(measure, backend))
 
     def step(self, shape, dtype, drop_p):
@@ -447,7 +467,7 @@ def tables(records, missing):
     """The ratios, and the part of them that a README wants."""
     by_case = collections.OrderedDict()
     for r in records:
-        if r["pass"] != "backward" and r["op"] != "attention" and "alone" not in r["variant"]:
+        if r["pass"] != "backward" and r["op"] not in ATTENTION and "alone" not in r["variant"]:
             case = (r["op"], r["pass"], r["dtype"], round(r["drop_p"], 4), tuple(r["shape"]))
             by_case.setdefault(case, {})[(r["library"], r["variant"])] = r["ms"]
     columns = [c for c in COLUMNS if any(c in row for row in by_case.values())]
@@ -466,13 +486,25 @@ def tables(records, missing):
         if drop_p > 0:
             snippet += line
     text = "Times a call; in brackets, over that of `candle-dropout, fused`.\n\n" + head + body
-    attention = [r for r in records if r["op"] == "attention"]
+    attention = [r for r in records if r["op"] in ATTENTION]
     if attention:
-        text += "\nPyTorch's attention, causal, shape [batch, heads, tokens, width]:\n\n"
-        text += "| backend | pass | dtype | drop p | shape | ms | TFLOP/s |\n" + "|---" * 7 + "|\n"
+        case = lambda r: (r["op"], r["pass"], r["dtype"], r["shape"])
+        form = lambda r: (r["library"], r["variant"])
+        text += "\nAttention, shape [batch, heads, tokens, columns of a head]; \"dropout\" is the time over that "
+        text += "without, \"ours\" the time over that of candle-dropout, fused:\n\n"
+        text += "| op | pass | dtype | shape | drop p | form | ms | TFLOP/s | ours | dropout | peak |\n"
+        text += "|---" * 11 + "|\n"
+        attention.sort(key=lambda r: (*map(str, case(r)), r["drop_p"], form(r)))
         for r in attention:
-            text += (f"| {r['variant']} | {r['pass']} | {r['dtype']} | {r['drop_p']} | {r['shape']} | "
-                     f"{r['ms']:.3f} | {r['flop'] / r['ms'] / 1e9:.2f} |\n")
+            like = [o for o in attention if case(o) == case(r)]
+            ours = [o["ms"] for o in like if form(o) == ("candle-dropout", "fused")
+                    and round(o["drop_p"], 4) == round(r["drop_p"], 4)]
+            undropped = [o["ms"] for o in like if form(o) == form(r) and o["drop_p"] == 0 < r["drop_p"]]
+            cost = f"{r['ms'] / undropped[0] - 1:+.0%}" if undropped else "-"
+            peak = f"{r['peak_bytes'] / 1e6:.1f} MB" if r.get("peak_bytes") else "-"
+            text += (f"| `{r['op']}` | {r['pass']} | {r['dtype']} | {list(r['shape'])} | {round(r['drop_p'], 4)} | "
+                     f"{r['library']}, {r['variant']} | {r['ms']:.3f} | {r['flop'] / r['ms'] / 1e9:.3f} | "
+                     f"{r['ms'] / ours[0]:.2f}x | {cost} | {peak} |\n" if ours else "")
     alone = [r for r in records if "alone" in r["variant"]]
     for r in alone:
         text += (f"\nThe matrix products of the step alone, {r['library']}, {r['dtype']}: {r['ms']:.1f} ms, "
@@ -508,6 +540,8 @@ def main():
         op, dtype, drop_p, shape = case
         if op in OPS:
             peers.op(op, dtype, drop_p, shape)
+        elif op in ATTENTION:
+            peers.attention(op, dtype, shape, drop_p)
         elif op == "copy":
             peers.copy(dtype, shape)
         elif op == "gpt_step":
@@ -516,11 +550,6 @@ def main():
                 peers.add("matrix products alone", "gpt_step", "training_step", dtype, 0.0, shape,
                           peers.timer.time(1, lambda _: run()), flop=flop)
             peers.step(shape, dtype, drop_p)
-    big = [("bf16", (16, 16, 2048, 64)), ("bf16", (8, 16, 2048, 128))]
-    little = [("f32", (1, 2, 64, 32))] if args.small else [("f32", (2, 8, 512, 64))]
-    for dtype, shape in big if args.device == "cuda" and not args.small else little:
-        for drop_p in (0.0, 0.1):
-            peers.attention(dtype, shape, drop_p)
 
     versions = f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
     text, snippet = tables(records + peers.records, peers.missing)

@@ -13,14 +13,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{D, DType, Device, Tensor, Var};
-use candle_dropout::{DropMask, dropout_add_norm};
+use candle_dropout::{DropMask, cross_entropy, dropout_add_norm, reference};
 
 use crate::candle_gpt::MatrixProducts;
 use crate::results::{Record, stem, with_extension, write_section};
 use crate::runner::{NORM_EPS, Op, SCALE, beyond_the_naive_error, mask};
 use crate::step::{FORMS, Form, Step, check_agree, size};
 use crate::timing::{Budget, Timer, Timing};
-use crate::{Common, bytes, common, cuda, plot};
+use crate::{Common, attention, bytes, common, cuda, kept, plot};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -38,9 +38,12 @@ pub struct Args {
     /// Leave out the training step of the GPT.
     #[arg(long)]
     no_step: bool,
+    /// Attention and nothing else.
+    #[arg(long)]
+    attention_only: bool,
 }
 
-const OPS: [(&str, Op); 7] = [
+const OPS: [(&str, Op); 9] = [
     ("dropout", Op::Dropout),
     ("dropout_add", Op::DropoutAdd),
     ("dropout_add_bias", Op::DropoutAddBias),
@@ -48,13 +51,17 @@ const OPS: [(&str, Op); 7] = [
     ("activation_dropout", Op::GeluTanhDropout),
     ("softmax_dropout", Op::Softmax),
     ("drop_path_add", Op::DropPathAddRow),
+    ("rope", Op::Rope),
+    ("cross_entropy", Op::CrossEntropy),
 ];
 
 const DROP_PS: [f32; 2] = [0., 0.1];
 
-/// Columns of all tensors but those of `drop_path_add`, which have `SAMPLES` samples.
+/// Columns of all tensors but those of `drop_path_add`, which have `SAMPLES` samples, those of `rope`,
+/// which are `[B, 4, T <= 128, 64]`, and large ones of `cross_entropy`, whose classes are GPT-2's tokens.
 const COLS: usize = 1024;
 const SAMPLES: usize = 64;
+const TOKENS: usize = 50_257;
 
 /// Tensors of at most so many elements are checked as a whole.
 const CHECKED_WHOLE: usize = 1 << 20;
@@ -72,13 +79,20 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
         copies: BTreeMap::new(),
         records: vec![],
     };
-    for dtype in args.dtypes(device)? {
+    bench.records.extend(attention::records(&bench.timer, small)?);
+    let dtypes = if args.attention_only { vec![] } else { args.dtypes(device)? };
+    for dtype in dtypes {
         for bytes in args.sizes(device)? {
             bench.copy(dtype, bytes)?;
             for (name, op) in OPS {
                 for drop_p in DROP_PS {
-                    // Without a rate dropout returns x itself.
-                    if op != Op::Dropout || drop_p > 0. {
+                    // Without a rate dropout returns x itself; the others know no rate.
+                    let is_listed = match op {
+                        Op::Dropout => drop_p > 0.,
+                        Op::Rope | Op::CrossEntropy => drop_p == 0.,
+                        _ => true,
+                    };
+                    if is_listed {
                         bench.op(name, op, dtype, bytes, drop_p)?;
                     }
                 }
@@ -86,12 +100,15 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
             eprintln!("bench: {dtype:?}, {bytes} bytes, {:.0} s", begin.elapsed().as_secs_f64());
         }
     }
-    if !args.no_step {
+    if !args.attention_only {
+        bench.kept(small)?;
+    }
+    if !(args.no_step || args.attention_only) {
         bench.steps(small)?;
     }
     let records = bench.records;
     let markdown = markdown(&records, small)?;
-    if args.section == "bench" {
+    if args.section == "bench" && !args.attention_only {
         let svg = with_extension(&stem(&args.common.out, device)?, "svg");
         std::fs::create_dir_all(&args.common.out)?;
         let title = cuda::name(device)?.unwrap_or_else(|| "CPU".into());
@@ -147,6 +164,11 @@ fn shape(op: Op, dtype: DType, bytes: usize) -> Vec<usize> {
     let elements = bytes / dtype.size_in_bytes();
     match op {
         Op::DropPathAddRow => vec![SAMPLES, elements / SAMPLES],
+        Op::Rope => {
+            let t = (elements / 256).min(128);
+            vec![elements / (256 * t), 4, t, 64]
+        }
+        Op::CrossEntropy if elements > CHECKED_WHOLE => vec![elements / TOKENS, TOKENS],
         _ => vec![elements / COLS, COLS],
     }
 }
@@ -200,10 +222,12 @@ impl Bench {
             _ => 1.,
         };
         let (forward, backward) = bytes::per_element(op, kept);
+        let elements: usize = dims.iter().product();
+        let x_bytes = (elements * dtype.size_in_bytes()) as f64;
         let copy = self.copies.get(&(dtype_name, bytes)).copied();
         let record = |[library, variant]: [&str; 2], pass, timing, per_element: f64| {
             let what = [library, variant, name, pass, dtype_name];
-            Record::new(what, drop_p, &dims, timing).with_bytes(per_element * bytes as f64, copy)
+            Record::new(what, drop_p, &dims, timing).with_bytes(per_element * x_bytes, copy)
         };
         let timer = &self.timer;
         let vars = args
@@ -230,6 +254,11 @@ impl Bench {
         first.again_ms = Some(time()?.ms);
         records.extend([first, record(theirs, "forward_backward", other, both)]);
 
+        // Nothing of candle's goes back from a scalar to logits without work of its own.
+        if op == Op::CrossEntropy {
+            self.records.extend(records);
+            return Ok(());
+        }
         let graphs = tracked.iter().map(|args| Ok(fused(op, args, &drop)?.swap_remove(0)));
         let graphs = graphs.collect::<Result<Vec<_>>>()?;
         let free = tracked.iter().map(|args| free_to_go_back(op, args));
@@ -249,6 +278,39 @@ impl Bench {
         Ok(())
     }
 
+    /// Stochastic depth around an MLP: the kept samples computed alone, or all of them and then masked.
+    fn kept(&mut self, small: bool) -> Result<()> {
+        let device = self.timer.device.clone();
+        let dtypes =
+            if device.is_cuda() { vec![DType::F32, DType::BF16] } else { vec![DType::F32] };
+        for dtype in dtypes {
+            let branch = kept::Branch::new(dtype, small, &device)?;
+            for drop_p in kept::DROP_PS {
+                branch.check(drop_p, if dtype == DType::F32 { 1e-5 } else { 1e-2 })?;
+                for form in kept::FORMS {
+                    let [library, variant] = form.names();
+                    let op =
+                        if form == kept::Form::Masked { "masked_mlp" } else { "drop_path_kept" };
+                    for pass in ["forward", "forward_backward"] {
+                        let time = || match pass {
+                            "forward" => {
+                                self.timer.time(1, |_| branch.forward(form, drop_p).map(|_| ()))
+                            }
+                            _ => self
+                                .timer
+                                .time(1, |_| branch.forward(form, drop_p)?.backward().map(|_| ())),
+                        };
+                        let what = [library, variant, op, pass, dtype.as_str()];
+                        let mut record = Record::new(what, drop_p, branch.dims(), time()?);
+                        record.again_ms = Some(time()?.ms);
+                        self.records.push(record);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The training step of the GPT in every form, and its matrix products alone.
     fn steps(&mut self, small: bool) -> Result<()> {
         let size = size(small);
@@ -263,7 +325,8 @@ impl Bench {
             }
         }
         let (config, batch) = &size;
-        let dims = [*batch, config.n_positions, config.n_embd, config.n_layer];
+        let dims =
+            [*batch, config.max_position_embeddings, config.hidden_size, config.num_hidden_layers];
         for dtype in dtypes {
             let like = Tensor::zeros(1, DType::F32, &device)?;
             let products = MatrixProducts::new(config, *batch, dtype, &like)?;
@@ -348,6 +411,15 @@ fn chain(op: Op, args: &[Tensor], drop_p: f32) -> candle_core::Result<Vec<Tensor
             let keep = drop(&Tensor::ones((x.dim(0)?, 1), x.dtype(), x.device())?)?;
             residual + x.broadcast_mul(&keep)?
         }
+        (Op::Rope, [x]) => {
+            // candle's fast one ends the graph.
+            let (cos, sin) = op.tables(x)?;
+            let dtype = x.dtype();
+            candle_nn::rotary_emb::rope_slow(x, &cos.to_dtype(dtype)?, &sin.to_dtype(dtype)?)
+        }
+        (Op::CrossEntropy, [logits]) => {
+            candle_nn::loss::cross_entropy(&logits.to_dtype(DType::F32)?, &op.targets(logits)?)
+        }
         _ => candle_core::bail!("no chain for {op:?}"),
     };
     Ok(vec![y?])
@@ -373,14 +445,17 @@ fn with_gradients(
 /// Demands that the output and each gradient of a fused op are as near the formula in f64, with the same
 /// mask, as the formula in the op's dtype is: on the whole tensor, or on some rows of it.
 fn check(op: Op, dims: &[usize], args: &[Tensor], drop: &DropMask, dtype: DType) -> Result<()> {
-    let dy = (args[0].flip(&[1])? * 0.5)?;
+    let dy = match op {
+        Op::CrossEntropy => op.output_gradient(dims, dtype)?.to_device(args[0].device())?,
+        _ => (args[0].flip(&[1])? * 0.5)?,
+    };
     let ours = with_gradients(|args| op.fused(args, drop), args, &dy)?;
     let rows = dims[0];
     let elements: usize = dims.iter().product();
     let (count, starts) = match elements <= CHECKED_WHOLE {
         true => (rows, vec![0]),
         false => {
-            let count = if op == Op::DropPathAddRow { 1 } else { 8 };
+            let count = if op == Op::DropPathAddRow { 1 } else { rows.min(8) };
             (count, vec![0, rows / 2, rows - count])
         }
     };
@@ -388,19 +463,37 @@ fn check(op: Op, dims: &[usize], args: &[Tensor], drop: &DropMask, dtype: DType)
         let part = |x: &Tensor| -> candle_core::Result<Tensor> {
             // A bias and its gradient have no rows.
             let x =
-                if x.rank() == 2 { x.narrow(0, start, count)?.contiguous()? } else { x.clone() };
+                if x.rank() >= 2 { x.narrow(0, start, count)?.contiguous()? } else { x.clone() };
             x.to_device(&Device::Cpu)
         };
         let parts = |all: &[Tensor]| all.iter().map(part).collect::<candle_core::Result<Vec<_>>>();
         let drop = match op {
             Op::DropPathAddRow => drop.window(&[1, rows], &[0, start]),
+            Op::Rope | Op::CrossEntropy => drop.clone(),
             _ => drop.window(dims, &[start, 0]),
         };
-        let (args, dy) = (parts(args)?, part(&dy)?);
+        // A loss is the mean over all rows, to which these contribute so much.
+        let share = if op == Op::CrossEntropy { count as f64 / rows as f64 } else { 1. };
+        let targets = match op {
+            Op::CrossEntropy => Some(op.targets(&args[0])?.narrow(0, start, count)?),
+            _ => None,
+        };
+        let (args, dy) = (parts(args)?, (part(&dy)? * share)?);
         let wide = |x: &Tensor| x.to_dtype(DType::F64);
         let wide_args = args.iter().map(wide).collect::<candle_core::Result<Vec<_>>>()?;
-        let naive = |args: &[Tensor]| op.naive(args, &drop);
+        let naive = |args: &[Tensor]| match &targets {
+            Some(targets) => {
+                let targets = targets.to_device(&Device::Cpu)?;
+                reference::cross_entropy(&args[0], &targets, &op.loss_config())
+            }
+            None => op.naive(args, &drop),
+        };
         let mut ours = parts(&ours)?;
+        if let Some(targets) = &targets {
+            // The loss of these rows alone; the gradient is that of the whole.
+            let rows = args[0].to_device(targets.device())?;
+            ours[0] = cross_entropy(&rows, targets, &op.loss_config())?.to_device(&Device::Cpu)?;
+        }
         let mut exact = with_gradients(naive, &wide_args, &wide(&dy)?)?;
         let mut naive = with_gradients(naive, &args, &dy)?;
         if count < rows && args.last().is_some_and(|last| last.rank() == 1) {
@@ -425,10 +518,11 @@ fn check_chain(op: Op, args: &[Tensor], drop: &DropMask, drop_p: f32) -> Result<
     if op == Op::DropPathAddRow && drop_p > 0. || elements < CHECKED_WHOLE {
         return Ok(());
     }
+    let tolerance = if op == Op::CrossEntropy { 1e-4 } else { 0.02 };
     let mean = |y: &Tensor| y.abs()?.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>();
     let ratio = mean(&chain(op, args, drop_p)?[0])? / mean(&fused(op, args, drop)?[0])?;
     ensure!(
-        (ratio - 1.).abs() < 0.02,
+        (ratio - 1.).abs() < tolerance,
         "candle's chain for {op:?} computes something else: {ratio}"
     );
     Ok(())
@@ -458,7 +552,9 @@ fn markdown(records: &[Record], small: bool) -> Result<String> {
         (&a.op, &a.pass, &a.dtype, &a.shape) == (&b.op, &b.pass, &b.dtype, &b.shape)
             && a.drop_p == b.drop_p
     };
-    let is_listed = |r: &&Record| r.op == "copy" || r.library != "candle" && r.op != "gpt_step";
+    let is_elementwise =
+        |r: &Record| r.op != "gpt_step" && !attention::OPS.contains(&r.op.as_str());
+    let is_listed = |r: &&Record| r.op == "copy" || r.library != "candle" && is_elementwise(r);
     for record in records.iter().filter(is_listed) {
         let theirs =
             records.iter().find(|r| r.library == "candle" && r.op != "copy" && same(r, record));
@@ -482,6 +578,7 @@ fn markdown(records: &[Record], small: bool) -> Result<String> {
             or_dash(theirs.map(|theirs| format!("{:.1}x", theirs.ms / record.ms))),
         )?;
     }
+    md.push_str(&attention::markdown(records)?);
     let steps: Vec<_> = records.iter().filter(|r| r.op == "gpt_step").collect();
     if let Some(shape) = steps.first().map(|step| &step.shape) {
         writeln!(

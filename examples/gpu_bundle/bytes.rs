@@ -9,6 +9,8 @@
 //! | `dropout_add_norm` | x, residual, z, n: 4 | dn, z, dresidual, dx: 4 |
 //! | `activation_dropout` (GELU) | x, y: 2 | x, dy, dx: 3 |
 //! | `softmax_dropout` | scores, y: 2 | scores, dy, dscores: 3 |
+//! | `rope` | x, y: 2, the tables count nothing | dy, dx: 2 |
+//! | `cross_entropy` | logits: 1 | logits, dlogits: 2 |
 //! | `drop_path_add` | residual, y, and x where kept: 2 + kept | dx, and dy where kept: 1 + kept |
 
 use crate::runner::Op;
@@ -21,6 +23,8 @@ pub fn per_element(op: Op, kept: f64) -> (f64, f64) {
         Op::DropoutAddBias => (3., 3.),
         Op::DropoutAddNorm => (4., 4.),
         Op::GeluTanhDropout | Op::Softmax => (2., 3.),
+        Op::Rope => (2., 2.),
+        Op::CrossEntropy => (1., 2.),
         Op::DropPathAddRow => (2. + kept, 1. + kept),
         // The bench has no other.
         _ => (f64::NAN, f64::NAN),

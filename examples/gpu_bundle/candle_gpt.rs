@@ -1,13 +1,13 @@
-//! The formulas of `candle_dropout::Gpt` from candle's ops alone, its own dropout included: what a user
+//! The formulas of `candle_dropout::Transformer` in the style of GPT-2 from candle's ops alone, its own dropout included: what a user
 //! of candle writes without this crate. Same parameters under the same names, so equal seeds give equal
 //! weights.
 
 use candle_core::{D, DType, IndexOp, Result, Tensor};
-use candle_dropout::GptConfig;
+use candle_dropout::TransformerConfig;
 use candle_nn::{Init, VarBuilder, ops};
 
 pub struct CandleGpt {
-    config: GptConfig,
+    config: TransformerConfig,
     wte: Tensor,
     wpe: Tensor,
     blocks: Vec<Block>,
@@ -25,8 +25,8 @@ struct Block {
 }
 
 impl CandleGpt {
-    pub fn new(config: &GptConfig, vb: VarBuilder) -> Result<Self> {
-        let (c, stdev) = (config.n_embd, config.initializer_range);
+    pub fn new(config: &TransformerConfig, vb: VarBuilder) -> Result<Self> {
+        let (c, stdev) = (config.hidden_size, config.initializer_range);
         let normal = |stdev| Init::Randn { mean: 0., stdev };
         let layer_norm = |vb: VarBuilder| -> Result<[Tensor; 2]> {
             Ok([
@@ -41,7 +41,7 @@ impl CandleGpt {
                     vb.get_with_hints(outputs, "bias", Init::Const(0.))?,
                 ])
             };
-        let to_stream = stdev / ((2 * config.n_layer) as f64).sqrt();
+        let to_stream = stdev / ((2 * config.num_hidden_layers) as f64).sqrt();
         let block = |layer: usize| -> Result<Block> {
             let vb = vb.pp(format!("h.{layer}"));
             Ok(Block {
@@ -55,8 +55,12 @@ impl CandleGpt {
         };
         Ok(Self {
             wte: vb.get_with_hints((config.vocab_size, c), "wte.weight", normal(stdev))?,
-            wpe: vb.get_with_hints((config.n_positions, c), "wpe.weight", normal(stdev))?,
-            blocks: (0..config.n_layer).map(block).collect::<Result<_>>()?,
+            wpe: vb.get_with_hints(
+                (config.max_position_embeddings, c),
+                "wpe.weight",
+                normal(stdev),
+            )?,
+            blocks: (0..config.num_hidden_layers).map(block).collect::<Result<_>>()?,
             ln_f: layer_norm(vb.pp("ln_f"))?,
             config: config.clone(),
         })
@@ -65,13 +69,13 @@ impl CandleGpt {
     /// Logits `[B, T, V]` in training.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
-        let (c, heads) = (self.config.n_embd, self.config.n_head);
+        let (c, heads) = (self.config.hidden_size, self.config.num_attention_heads);
         let drop = |x: Tensor, drop_p: f32| match drop_p {
             0. => Ok(x),
             _ => ops::dropout(&x, drop_p),
         };
         let layer_norm = |x: &Tensor, [weight, bias]: &[Tensor; 2]| {
-            ops::layer_norm_slow(x, weight, bias, self.config.layer_norm_epsilon as f32)
+            ops::layer_norm_slow(x, weight, bias, self.config.norm_eps as f32)
         };
         let linear = |x: &Tensor, [weight, bias]: &[Tensor; 2]| -> Result<Tensor> {
             let y = x.flatten_to(1)?.matmul(weight)?.reshape((b, t, ()))?;
@@ -102,7 +106,7 @@ impl CandleGpt {
     }
 }
 
-/// As `Gpt` writes it, so that dropout is all that differs.
+/// As `Transformer` writes it, so that dropout is all that differs.
 fn gelu(x: &Tensor) -> Result<Tensor> {
     let twice = 2. * std::f64::consts::FRAC_2_PI.sqrt();
     x * ops::sigmoid(&(x * x.sqr()?.affine(0.044715 * twice, twice)?)?)?
@@ -112,10 +116,16 @@ fn gelu(x: &Tensor) -> Result<Tensor> {
 pub struct MatrixProducts(Vec<(Tensor, Tensor, usize)>);
 
 impl MatrixProducts {
-    pub fn new(config: &GptConfig, batch: usize, dtype: DType, like: &Tensor) -> Result<Self> {
-        let (c, t, v) = (config.n_embd, config.n_positions, config.vocab_size);
-        let (tokens, heads, layers) = (batch * t, batch * config.n_head, config.n_layer);
-        let head = c / config.n_head;
+    pub fn new(
+        config: &TransformerConfig,
+        batch: usize,
+        dtype: DType,
+        like: &Tensor,
+    ) -> Result<Self> {
+        let (c, t, v) = (config.hidden_size, config.max_position_embeddings, config.vocab_size);
+        let (tokens, heads, layers) =
+            (batch * t, batch * config.num_attention_heads, config.num_hidden_layers);
+        let head = c / config.num_attention_heads;
         // Products [n, m, k] x [n, k, j], and how many of them.
         let mut forward = vec![(1, tokens, c, v, 1)];
         forward.extend([

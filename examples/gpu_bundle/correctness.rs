@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_dropout::dropout;
+use candle_dropout::{Architecture, AttentionConfig, dropout};
 use serde::Serialize;
 
+use crate::attention_runner::{self as attention, configs, sizes};
 use crate::common::{bits, random};
 use crate::runner::{DTYPES, OPS, Op, View, disagreements, mask, run as run_op};
-use crate::step::{Form, Step, check_agree, size};
+use crate::step::{Form, Step, check_agree, in_llama_style, size};
 use crate::{Common, results};
 
 /// What was checked, how often, and what failed.
@@ -82,6 +83,7 @@ pub fn run(args: &Common, device: &Device) -> Result<bool> {
     if device.is_cuda() {
         groups.push(same_bits_as_the_cpu(device, shapes, drop_ps));
     }
+    groups.push(attentions(device, args.small));
     groups.push(transformer(device, args.small));
 
     let mut md = String::from("| fact | cases | failures |\n|---|---|---|\n");
@@ -190,7 +192,7 @@ fn results_of(
         .enumerate()
         .map(|(i, dims)| random(dims, dtype, i as u64)?.to_device(device));
     let bases = bases.collect::<candle_core::Result<Vec<_>>>()?;
-    let dy = random(dims, dtype, 9)?.to_device(device)?;
+    let dy = op.output_gradient(dims, dtype)?.to_device(device)?;
     let fused = |args: &[Tensor]| op.fused(args, &mask(drop_p));
     let results = run_op(fused, &bases, &arguments, View::Contiguous, &dy)?;
     Ok(results.iter().map(bits).collect::<candle_core::Result<_>>()?)
@@ -199,6 +201,7 @@ fn results_of(
 fn repeats(device: &Device, dims: &[usize]) -> Group {
     let mut group = Group::new("a second run gives the same bits");
     for op in OPS {
+        let dims = &op.fitting(dims);
         for dtype in dtypes(device) {
             group.check(|| {
                 let run = || results_of(op, dims, 0.4, dtype, device);
@@ -211,9 +214,16 @@ fn repeats(device: &Device, dims: &[usize]) -> Group {
 
 fn same_bits_as_the_cpu(device: &Device, shapes: &[&[usize]], drop_ps: &[f32]) -> Group {
     let mut group = Group::new("element-wise results in f32 equal the CPU's bit for bit");
-    for op in
-        [Op::Dropout, Op::DropoutAdd, Op::DropoutAddBias, Op::DropPathAddRow, Op::DropPathAddBatch]
-    {
+    for op in [
+        Op::Dropout,
+        Op::DropoutAdd,
+        Op::DropoutAddBias,
+        Op::DropPathAddRow,
+        Op::DropPathAddBatch,
+        Op::DropPathKept,
+        Op::Rope,
+        Op::RopeInterleaved,
+    ] {
         for dims in shapes.iter().filter(|dims| op.takes(dims)) {
             for drop_p in drop_ps {
                 group.check(|| {
@@ -232,27 +242,67 @@ fn same_bits_as_the_cpu(device: &Device, shapes: &[&[usize]], drop_ps: &[f32]) -
     group
 }
 
+/// Attention as one op: every head size of the kernels and one between, tails of every tile, grouped heads,
+/// each field of the config, each view.
+fn attentions(device: &Device, small: bool) -> Group {
+    let mut group = Group::new("attention and its gradients are as near the f64 formula, too");
+    let device_alone = std::slice::from_ref(device);
+    let mut check = |dims, config: &AttentionConfig, view, drop_p, dtype| {
+        group.check(|| {
+            let drop = mask(drop_p);
+            Ok(attention::disagreements(sizes(dims), config, view, &drop, dtype, device_alone)?)
+        });
+    };
+    let head_sizes: &[usize] = if small { &[64] } else { &[32, 40, 64, 96, 128, 200, 256] };
+    let lengths: &[(usize, usize)] =
+        if small { &[(70, 90)] } else { &[(1, 1), (1, 300), (300, 1), (64, 128), (130, 257)] };
+    for d in head_sizes {
+        for (queries, keys) in lengths {
+            for (drop_p, causal) in [(0., false), (0.1, true)] {
+                for dtype in dtypes(device) {
+                    let config = AttentionConfig { causal, ..Default::default() };
+                    let dims = [2, 4, 2, *queries, *keys, *d];
+                    check(dims, &config, attention::View::Contiguous, drop_p, dtype);
+                }
+            }
+        }
+    }
+    for dims in [[3, 4, 2, 70, 70, 64], [3, 2, 1, 150, 65, 128], [3, 2, 2, 5, 300, 32]] {
+        for config in configs(sizes(dims)).unwrap_or_default() {
+            for dtype in dtypes(device) {
+                check(dims, &config, attention::View::Contiguous, 0.3, dtype);
+            }
+        }
+    }
+    for view in attention::VIEWS {
+        for dtype in dtypes(device) {
+            let config = AttentionConfig { causal: true, ..Default::default() };
+            check([2, 4, 2, 70, 130, 64], &config, view, 0.1, dtype);
+        }
+    }
+    group
+}
+
 /// The model as a whole: every parameter's gradient, fused against unfused, and against the CPU's.
 fn transformer(device: &Device, small: bool) -> Group {
     let mut group =
         Group::new("the Transformer's loss and every gradient: fused, unfused, and on the CPU");
-    let mut size = size(small);
-    size.1 = 4;
-    for drop_p in [0., 0.1] {
+    let (gpt2, batch) = (size(small).0, 4);
+    let llama = in_llama_style(&gpt2);
+    for (config, drop_p) in [(&gpt2, 0.), (&gpt2, 0.1), (&llama, 0.), (&llama, 0.1)] {
+        let style = config.architecture;
+        let size = (config.clone(), batch);
         let new = |form, device: &Device| Step::new(form, &size, drop_p, DType::F32, device);
         let mut compare = |what: &str, ours: Form, other: Form, place: &Device| {
             group.check(|| {
                 let (ours, other) = (new(ours, device)?, new(other, place)?);
-                Ok(check_agree(what, &ours, &other, 2e-3)
-                    .err()
-                    .iter()
-                    .map(|e| e.to_string())
-                    .collect())
+                let agree = check_agree(&format!("{style:?} {what}"), &ours, &other, 2e-3);
+                Ok(agree.err().iter().map(|e| e.to_string()).collect())
             });
         };
         compare("fused against unfused", Form::Fused, Form::Unfused, device);
         compare("fused against the CPU", Form::Fused, Form::Fused, &Device::Cpu);
-        if drop_p == 0. {
+        if drop_p == 0. && style == Architecture::Gpt2 {
             compare("against candle's ops alone", Form::Fused, Form::Candle, device);
         }
     }

@@ -11,18 +11,22 @@
 //! Results go to `--out` as `<device>-<date>.json`, `.md` and `.svg`; every subcommand adds its section
 //! to the same files. Exit codes: 0 all right, 1 something is wrong, 2 bad arguments, 3 no CUDA device.
 
+mod attention;
 mod bench;
 mod bytes;
 mod candle_gpt;
 mod correctness;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 mod cuda;
+mod kept;
 mod memory;
 mod plot;
 mod results;
 mod step;
 mod timing;
 
+#[path = "../../tests/common/attention.rs"]
+mod attention_runner;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 // As the root of an example of its own it has a `main`, which nobody calls here.

@@ -12,7 +12,7 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use crate::step::{FORMS, Step, size};
-use crate::{Common, cuda, results};
+use crate::{Common, cuda, kept, results};
 
 struct Counting;
 
@@ -59,13 +59,13 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-fn forget_peak(device: &Device) -> Result<()> {
+pub fn forget_peak(device: &Device) -> Result<()> {
     PEAK.store(USED.load(Ordering::Relaxed), Ordering::Relaxed);
     cuda::forget_peak(device)
 }
 
 /// Bytes in use, now and at most since `forget_peak`.
-fn used_and_peak(device: &Device) -> Result<(u64, u64)> {
+pub fn used_and_peak(device: &Device) -> Result<(u64, u64)> {
     Ok(cuda::used_and_peak(device)?
         .unwrap_or((USED.load(Ordering::Relaxed), PEAK.load(Ordering::Relaxed))))
 }
@@ -105,20 +105,63 @@ pub fn run(args: &Common, device: &Device) -> Result<bool> {
             peaks.push(Peak { library, variant, drop_p, before_bytes, graph_bytes, step_bytes });
         }
     }
-    let markdown = markdown(&config, batch, &peaks)?;
+    let branches = branches(args.small, device)?;
+    let mut markdown = markdown(&config, batch, &peaks)?;
+    write_branches(&mut markdown, &branches)?;
     let seconds = begin.elapsed().as_secs_f64();
-    let data = serde_json::json!({ "small": args.small, "peaks": peaks });
+    let data = serde_json::json!({ "small": args.small, "peaks": peaks, "branches": branches });
     results::write_section(&args.out, device, "memory", seconds, markdown, data)?;
     Ok(true)
 }
 
-fn markdown(config: &candle_dropout::GptConfig, batch: usize, peaks: &[Peak]) -> Result<String> {
+/// What a residual branch under stochastic depth holds and needs beyond its weights and input.
+fn branches(small: bool, device: &Device) -> Result<Vec<Peak>> {
+    let branch = kept::Branch::new(DType::F32, small, device)?;
+    let mut peaks = Vec::new();
+    for drop_p in kept::DROP_PS {
+        for form in kept::FORMS {
+            branch.forward(form, drop_p)?.backward()?;
+            forget_peak(device)?;
+            let (before_bytes, _) = used_and_peak(device)?;
+            let y = branch.forward(form, drop_p)?;
+            let (graph, _) = used_and_peak(device)?;
+            y.backward()?;
+            let (_, peak) = used_and_peak(device)?;
+            let [library, variant] = form.names();
+            let [graph_bytes, step_bytes] =
+                [graph, peak].map(|bytes| bytes.saturating_sub(before_bytes));
+            peaks.push(Peak { library, variant, drop_p, before_bytes, graph_bytes, step_bytes });
+        }
+    }
+    Ok(peaks)
+}
+
+fn write_branches(md: &mut String, peaks: &[Peak]) -> Result<()> {
+    md.push_str(
+        "\nAn MLP as a residual branch under stochastic depth per sample, forward and backward:\n\n\
+         | drop p | branch | peak MB | held MB |\n|---|---|---|---|\n",
+    );
+    for Peak { library, variant, drop_p, graph_bytes, step_bytes, .. } in peaks {
+        let [peak, held] = [step_bytes, graph_bytes].map(|bytes| *bytes as f64 / 1e6);
+        writeln!(md, "| {drop_p} | {library}, {variant} | {peak:.1} | {held:.1} |")?;
+    }
+    Ok(())
+}
+
+fn markdown(
+    config: &candle_dropout::TransformerConfig,
+    batch: usize,
+    peaks: &[Peak],
+) -> Result<String> {
     let mut md = format!(
         "A training step (AdamW, f32) of a GPT with {} layers, width {}, {} heads on {batch} x {} \
          tokens; MB of 10^6 bytes beyond weights, optimizer and batch. \"held\" is what the graph \
          keeps between forward and backward.\n\n\
          | drop p | step | peak MB | held MB | held beyond p = 0 |\n|---|---|---|---|---|\n",
-        config.n_layer, config.n_embd, config.n_head, config.n_positions
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.max_position_embeddings
     );
     for peak in peaks {
         let Peak { library, variant, drop_p, graph_bytes, step_bytes, .. } = peak;

@@ -44,6 +44,9 @@ pub struct Record {
     pub of_copy: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub flop: Option<f64>,
+    /// The most memory in use at a time, beyond the arguments.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub peak_bytes: Option<f64>,
 }
 
 impl Record {
@@ -69,6 +72,7 @@ impl Record {
             gb_s: None,
             of_copy: None,
             flop: None,
+            peak_bytes: None,
         }
     }
 

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::{Gpt, GptConfig, MaskGenerator, seeded_var_builder};
+use candle_dropout::{
+    CrossEntropyConfig, MaskGenerator, Transformer, TransformerConfig, cross_entropy,
+    seeded_var_builder,
+};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -37,22 +40,37 @@ impl Form {
 }
 
 /// 4 layers, width 128, 4 heads, 128 tokens, 32 sequences, 96 tokens in the vocabulary; or much less.
-pub fn size(small: bool) -> (GptConfig, usize) {
-    let config = GptConfig {
+pub fn size(small: bool) -> (TransformerConfig, usize) {
+    let config = TransformerConfig {
         vocab_size: 96,
-        n_positions: if small { 16 } else { 128 },
-        n_embd: if small { 32 } else { 128 },
-        n_layer: if small { 1 } else { 4 },
-        n_head: 4,
-        ..GptConfig::default()
+        max_position_embeddings: if small { 16 } else { 128 },
+        hidden_size: if small { 32 } else { 128 },
+        num_hidden_layers: if small { 1 } else { 4 },
+        num_attention_heads: 4,
+        ..TransformerConfig::gpt2()
     };
     (config, if small { 4 } else { 32 })
+}
+
+/// The same sizes in the style of LLaMA, with half as many heads of keys and values.
+pub fn in_llama_style(gpt2: &TransformerConfig) -> TransformerConfig {
+    TransformerConfig {
+        vocab_size: gpt2.vocab_size,
+        max_position_embeddings: gpt2.max_position_embeddings,
+        hidden_size: gpt2.hidden_size,
+        intermediate_size: Some(3 * gpt2.hidden_size),
+        num_hidden_layers: gpt2.num_hidden_layers,
+        num_attention_heads: gpt2.num_attention_heads,
+        num_key_value_heads: Some(gpt2.num_attention_heads / 2),
+        ..TransformerConfig::llama()
+    }
 }
 
 /// Logits of token ids, in training.
 type Logits = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>;
 
 pub struct Step {
+    form: Form,
     logits: Logits,
     pub vars: BTreeMap<String, Var>,
     adamw: AdamW,
@@ -64,7 +82,7 @@ impl Step {
     /// A fresh model and a batch of random tokens; equal arguments give equal weights, masks and tokens.
     pub fn new(
         form: Form,
-        (config, batch): &(GptConfig, usize),
+        (config, batch): &(TransformerConfig, usize),
         drop_p: f32,
         dtype: DType,
         device: &Device,
@@ -72,14 +90,14 @@ impl Step {
         let map = VarMap::new();
         let vb = seeded_var_builder(&map, 1, dtype, device);
         let config = config.clone().with_dropout(drop_p);
-        let config = GptConfig { fused: form == Form::Fused, ..config };
+        let config = TransformerConfig { fused: form == Form::Fused, ..config };
         let logits: Logits = match form {
             Form::Candle => {
                 let gpt = CandleGpt::new(&config, vb)?;
                 Box::new(move |ids| gpt.forward(ids))
             }
             _ => {
-                let gpt = Gpt::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
+                let gpt = Transformer::new(&config, Arc::new(MaskGenerator::new(2)), vb)?;
                 Box::new(move |ids| gpt.forward(ids, true))
             }
         };
@@ -87,20 +105,25 @@ impl Step {
         let vars: BTreeMap<_, _> = vars.into_iter().collect();
         let params = ParamsAdamW { lr: 3e-4, ..Default::default() };
         let adamw = AdamW::new(vars.values().cloned().collect(), params)?;
-        let t = config.n_positions;
+        let t = config.max_position_embeddings;
         let mut rng = StdRng::seed_from_u64(3);
         let mut ids = || -> Result<Vec<u32>> {
             Ok((0..batch * t).map(|_| rng.random_range(0..config.vocab_size as u32)).collect())
         };
         let inputs = Tensor::from_vec(ids()?, (*batch, t), device)?;
         let targets = Tensor::from_vec(ids()?, batch * t, device)?;
-        Ok(Self { logits, vars, adamw, inputs, targets })
+        Ok(Self { form, logits, vars, adamw, inputs, targets })
     }
 
     /// Mean loss of the batch.
     pub fn loss(&self) -> candle_core::Result<Tensor> {
-        let logits = (self.logits)(&self.inputs)?.flatten_to(1)?.to_dtype(DType::F32)?;
-        candle_nn::loss::cross_entropy(&logits, &self.targets)
+        let logits = (self.logits)(&self.inputs)?.flatten_to(1)?;
+        match self.form {
+            Form::Fused => cross_entropy(&logits, &self.targets, &CrossEntropyConfig::default()),
+            Form::Unfused | Form::Candle => {
+                candle_nn::loss::cross_entropy(&logits.to_dtype(DType::F32)?, &self.targets)
+            }
+        }
     }
 
     /// Backward, clipped, applied. Nothing waits for the device.

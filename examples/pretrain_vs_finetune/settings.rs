@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use candle_dropout::GptConfig;
+use candle_dropout::TransformerConfig;
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 
@@ -237,16 +237,16 @@ impl Settings {
     }
 
     /// The model, without its dropout rates.
-    pub fn gpt(&self) -> GptConfig {
-        GptConfig {
+    pub fn gpt(&self) -> TransformerConfig {
+        TransformerConfig {
             vocab_size: VOCAB_SIZE,
-            n_positions: self.context,
-            n_embd: self.width,
-            n_layer: self.layers,
-            n_head: self.heads,
+            max_position_embeddings: self.context,
+            hidden_size: self.width,
+            num_hidden_layers: self.layers,
+            num_attention_heads: self.heads,
             drop_path_rate: self.drop_path_rate,
             fused: self.fused,
-            ..GptConfig::default()
+            ..TransformerConfig::gpt2()
         }
     }
 
@@ -400,7 +400,9 @@ mod tests {
         assert!(error(&["--finetune-seeds", "9"]).contains("at most --pretrain-seeds = 4, got 9"));
         assert!(error(&["--context", "0"]).contains("--context: expected at least 1"));
         assert!(
-            error(&["--heads", "5"]).contains("gpt: n_embd: expected a multiple of n_head = 5")
+            error(&["--heads", "5"]).contains(
+                "transformer: hidden_size: expected a multiple of num_attention_heads = 5"
+            )
         );
         assert!(error(&["--pretrain", "a.txt"]).contains("--finetune"));
         let error = error(&["--seed", "18446744073709551615"]);

@@ -9,7 +9,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_dropout::{
-    DropMask, Gpt, GptConfig, MaskGenerator, MaskKey, dropout, seeded_var_builder,
+    CrossEntropyConfig, DropMask, MaskGenerator, MaskKey, Transformer, TransformerConfig,
+    cross_entropy, dropout, seeded_var_builder,
 };
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use clap::ValueEnum;
@@ -39,10 +40,12 @@ pub enum Sites {
 }
 
 impl Sites {
-    fn config(self, model: &GptConfig, drop_p: f32) -> GptConfig {
+    fn config(self, model: &TransformerConfig, drop_p: f32) -> TransformerConfig {
         match self {
             Self::All => model.clone().with_dropout(drop_p),
-            Self::Residual => GptConfig { resid_pdrop: drop_p, ..model.clone().with_dropout(0.0) },
+            Self::Residual => {
+                TransformerConfig { resid_pdrop: drop_p, ..model.clone().with_dropout(0.0) }
+            }
         }
     }
 }
@@ -87,7 +90,7 @@ pub struct Task {
 /// What every run of the job shares.
 #[derive(Debug)]
 pub struct Shared {
-    pub model: GptConfig,
+    pub model: TransformerConfig,
     pub sites: Sites,
     pub device: Device,
     pub eval_batch: usize,
@@ -173,9 +176,10 @@ fn batch(
 /// A model with its variables in the order of their names: sums over parameters must not depend on
 /// a hash map's order.
 struct Model {
-    gpt: Gpt,
+    gpt: Transformer,
     vars: BTreeMap<String, Var>,
     masks: Arc<MaskGenerator>,
+    fused: bool,
 }
 
 impl Model {
@@ -184,7 +188,7 @@ impl Model {
         // Within a seed every rate sees one stream of masks, which no other random choice shares.
         let masks = Arc::new(MaskGenerator::new(stream(run, 1)));
         let map = VarMap::new();
-        let gpt = Gpt::new(
+        let gpt = Transformer::new(
             &config,
             masks.clone(),
             seeded_var_builder(&map, run.seed, DType::F32, &shared.device),
@@ -196,7 +200,7 @@ impl Model {
             .iter()
             .map(|(name, var)| (name.clone(), var.clone()))
             .collect();
-        let model = Self { gpt, vars, masks };
+        let model = Self { gpt, vars, masks, fused: config.fused };
         if let Some(weights) = start {
             model.restore(weights)?;
         }
@@ -227,7 +231,10 @@ impl Model {
         with_dropout: bool,
     ) -> Result<f64> {
         let logits = self.gpt.forward(inputs, with_dropout)?.flatten_to(1)?;
-        let loss = token_losses(&logits, targets)?.mean_all()?;
+        let loss = match self.fused {
+            true => cross_entropy(&logits, targets, &CrossEntropyConfig::default())?,
+            false => token_losses(&logits, targets)?.mean_all()?,
+        };
         let mut grads = loss.backward()?;
         let mut squares = 0.0;
         for (name, var) in &self.vars {
@@ -254,7 +261,7 @@ impl Model {
         documents: &[Document],
         windows: &[Window],
     ) -> Result<Evaluation> {
-        let (keys, context) = (self.masks.state().counter, shared.model.n_positions);
+        let (keys, context) = (self.masks.state().counter, shared.model.max_position_embeddings);
         let mut sums = BTreeMap::<usize, (f64, usize)>::new();
         for chunk in windows.chunks(shared.eval_batch) {
             let (inputs, targets) = batch(documents, chunk, context, &shared.device)?;
@@ -312,7 +319,8 @@ pub fn train(
     start: Option<&Weights>,
     on_step: impl Fn(),
 ) -> Result<RunResult> {
-    let (recipe, context, begin) = (&task.recipe, shared.model.n_positions, Instant::now());
+    let (recipe, context, begin) =
+        (&task.recipe, shared.model.max_position_embeddings, Instant::now());
     let model = Model::new(shared, &run, start)?;
     let mut adamw = adamw(&model, recipe)?;
     let order = window_order(&run, task, context)?;
@@ -430,9 +438,11 @@ pub fn check_guards(task: &Task, shared: &Shared, rates: &[f32]) -> Result<()> {
         let model = Model::new(shared, &run, None)?;
         let mut adamw = adamw(&model, &task.recipe)?;
         let mut losses = Vec::new();
-        for chunk in window_order(&run, task, shared.model.n_positions)?.chunks(4).take(3) {
+        for chunk in
+            window_order(&run, task, shared.model.max_position_embeddings)?.chunks(4).take(3)
+        {
             let (inputs, targets) =
-                batch(&task.train, chunk, shared.model.n_positions, &shared.device)?;
+                batch(&task.train, chunk, shared.model.max_position_embeddings, &shared.device)?;
             losses.push(
                 model
                     .step(&mut adamw, &inputs, &targets, task.recipe.clip, with_dropout)?
@@ -518,13 +528,13 @@ mod tests {
     }
 
     fn shared() -> Shared {
-        let model = GptConfig {
+        let model = TransformerConfig {
             vocab_size: 256,
-            n_positions: 8,
-            n_embd: 8,
-            n_layer: 1,
-            n_head: 2,
-            ..Default::default()
+            max_position_embeddings: 8,
+            hidden_size: 8,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            ..TransformerConfig::gpt2()
         };
         Shared { model, sites: Sites::All, device: Device::Cpu, eval_batch: 4, train_windows: 8 }
     }

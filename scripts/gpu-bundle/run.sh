@@ -169,6 +169,11 @@ sanitize() {
   return "$status"
 }
 
+# glibc hands large blocks back to the kernel as soon as they are free, and an op on the CPU then mostly waits
+# for new pages. Kept instead, for PyTorch as for us.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+
 peers() {
   local sizes=67108864
   [ "$device" = cpu ] || sizes=1048576,67108864,1073741824

@@ -46,11 +46,36 @@ pub(crate) fn elementwise(rows: usize, cols: usize, multiprocessors: usize) -> L
     Launch::teams(lanes, THREADS / lanes, tiles, multiprocessors)
 }
 
+/// Rotations: a team of lanes takes one position of several heads, whose angles they share.
+pub(crate) fn rope(
+    batches: usize,
+    heads: usize,
+    positions: usize,
+    half: usize,
+    multiprocessors: usize,
+) -> Launch {
+    /// Heads that a thread rotates together: `HEADS` of `kernels/rope.cu`.
+    const HEADS: usize = 4;
+    let lanes = half.div_ceil(WIDTH).max(1).next_power_of_two().min(32);
+    let items = batches.saturating_mul(heads.div_ceil(HEADS)).saturating_mul(positions);
+    Launch::teams(lanes, THREADS / lanes, items, multiprocessors)
+}
+
 /// Softmax kernels: a team takes a row and holds it in registers, up to `THREADS * TILE * WIDTH`
 /// columns.
 pub(crate) fn softmax(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
     let (lanes, teams) = team_of_row(cols);
     Launch::teams(lanes, teams, rows, multiprocessors)
+}
+
+/// Cross-entropy kernels: as softmax, but a row of any length is read once.
+pub(crate) fn cross_entropy(rows: usize, classes: usize, multiprocessors: usize) -> Launch {
+    softmax(rows, classes, multiprocessors)
+}
+
+/// The second kernel of the cross entropy: one block adds up the losses of all rows.
+pub(crate) fn cross_entropy_total() -> Launch {
+    Launch { grid: [1; 3], block: [THREADS as u32, 1, 1], shared_bytes: 0 }
 }
 
 /// Norm kernels, forward: as softmax.
@@ -204,6 +229,9 @@ mod tests {
                 norm(7, cols, MULTIPROCESSORS),
                 norm_bwd(7, cols, MULTIPROCESSORS),
                 norm_totals(cols),
+                rope(2, 7, 5, cols, MULTIPROCESSORS),
+                cross_entropy(7, cols, MULTIPROCESSORS),
+                cross_entropy_total(),
                 column_sums(7, cols, MULTIPROCESSORS),
                 column_totals(cols, MULTIPROCESSORS),
                 attention_delta(7, cols, MULTIPROCESSORS),
@@ -222,6 +250,7 @@ mod tests {
                     elementwise(rows, cols, MULTIPROCESSORS),
                     softmax(rows, cols, MULTIPROCESSORS),
                     norm_bwd(rows, cols, MULTIPROCESSORS),
+                    rope(3, 5, rows, cols, MULTIPROCESSORS),
                     column_sums(rows, cols, MULTIPROCESSORS),
                     attention_delta(rows, cols, MULTIPROCESSORS),
                 ] {
@@ -264,5 +293,29 @@ mod tests {
         let launch = softmax(1, 8192, MULTIPROCESSORS);
         assert_eq!(launch.block, [256, 1, 1]);
         assert_eq!(softmax(1, 1024, MULTIPROCESSORS).block, [32, 8, 1]);
+    }
+
+    #[test]
+    fn attention_stays_within_the_shared_memory_of_every_architecture() {
+        // sm_86 and sm_120 give a block the least: 99 KiB.
+        const MOST: u32 = 99 << 10;
+        let passes = [AttentionPass::Fwd, AttentionPass::BwdDq, AttentionPass::BwdDkdv];
+        for pass in passes {
+            for head_size in ATTENTION_HALF_HEAD_SIZES {
+                let launch = attention_half(pass, head_size, 3, 1000);
+                assert!(launch.shared_bytes <= MOST, "{pass:?}, {head_size} columns: {launch:?}");
+            }
+            for head_size in ATTENTION_F32_HEAD_SIZES {
+                let threads = threads(attention_f32(pass, head_size, 3, 1000));
+                assert!(threads <= 256 && threads.is_multiple_of(32), "{pass:?}, {head_size}");
+            }
+            let sources = [
+                include_str!("../../kernels/attention.cu"),
+                include_str!("../../kernels/attention_f32.cu"),
+            ];
+            for source in sources {
+                assert!(source.contains(pass.kernel()), "{pass:?}");
+            }
+        }
     }
 }

@@ -4,14 +4,16 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     CUdevice_attribute, CUfunction_attribute_enum,
 };
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaSlice, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaDType, CudaFunc, WrapErr};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
 
 use super::config::Launch;
 use crate::mask::MaskArgs;
-use crate::ops::{AttentionArgs, AttentionLayout, HeadStrides, ScoreArgs};
+use crate::ops::{
+    AttentionArgs, AttentionLayout, CrossEntropyArgs, HeadStrides, RopeArgs, ScoreArgs,
+};
 
 /// The PTX of each `kernels/<op>.cu`.
 pub(crate) mod ptx {
@@ -22,6 +24,10 @@ pub(crate) mod ptx {
 unsafe impl DeviceRepr for MaskArgs {}
 // SAFETY: as above, for `struct ScoreArgs`.
 unsafe impl DeviceRepr for ScoreArgs {}
+// SAFETY: as above, for `struct RopeArgs`.
+unsafe impl DeviceRepr for RopeArgs {}
+// SAFETY: as above, for `struct CrossEntropyArgs`.
+unsafe impl DeviceRepr for CrossEntropyArgs {}
 // SAFETY: as above, for `struct AttentionArgs`.
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: as above, for `struct AttentionLayout`.
@@ -71,6 +77,14 @@ pub(crate) fn view<'a, T: CudaDType>(
     Ok(storage.as_cuda_slice::<T>()?.slice(start..end))
 }
 
+/// The elements of a tensor on CUDA from its first one on, whatever its strides.
+pub(crate) fn strided_view<'a, T: CudaDType>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+) -> Result<CudaView<'a, T>> {
+    Ok(storage.as_cuda_slice::<T>()?.slice(layout.start_offset()..))
+}
+
 /// The view of a tensor that may be absent; a null pointer for the kernel then.
 pub(crate) fn optional_view<'a, T: CudaDType>(
     op: &str,
@@ -107,10 +121,10 @@ pub(crate) fn load_with_shared_memory(
     name: &str,
     (module, ptx): (&str, &str),
     launch: Launch,
-) -> Result<CudaFunc> {
+) -> Result<CudaFunction> {
     /// What every kernel may use without asking.
     const DEFAULT_BYTES: u32 = 48 << 10;
-    let kernel = device.get_or_load_custom_func(name, module, ptx)?;
+    let kernel = device.get_or_load_custom_func(name, module, ptx)?.into_cuda_function();
     if launch.shared_bytes > DEFAULT_BYTES {
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let limit = device.cuda_stream().context().attribute(limit).w()?;

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, bail};
 
 use super::dropout::next_mask;
-use crate::{DropMask, MaskGenerator, StochasticDepth, drop_path_add};
+use crate::{DropMask, MaskGenerator, StochasticDepth, drop_path_add, drop_path_kept};
 
 /// Stochastic depth as a layer: adds a residual branch that is dropped as a whole in training.
 ///
@@ -91,5 +91,20 @@ impl DropPath {
     /// The rate is no probability, or the tensors are refused by [`drop_path_add`].
     pub fn forward_add(&self, branch: &Tensor, residual: &Tensor, train: bool) -> Result<Tensor> {
         drop_path_add(branch, residual, self.mode, &self.next_mask(train)?)
+    }
+
+    /// `residual + branch(x)` like [`forward_add`](Self::forward_add), with the branch computed for the
+    /// kept samples alone: time and memory fall with the rate. See [`drop_path_kept`].
+    ///
+    /// # Errors
+    /// The rate is no probability, or the tensors are refused by [`drop_path_kept`], or `branch` fails.
+    pub fn forward_kept(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        train: bool,
+        branch: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        drop_path_kept(x, residual, self.mode, &self.next_mask(train)?, branch)
     }
 }

@@ -2,8 +2,12 @@
 
 mod drop_path;
 mod dropout;
+mod multi_head_attention;
 mod norm;
+mod rope;
 
 pub use drop_path::DropPath;
 pub use dropout::{Dropout, set_seed};
+pub use multi_head_attention::{MultiHeadAttention, MultiHeadAttentionConfig};
 pub use norm::{LayerNorm, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm};
+pub use rope::{Rope, RopeConfig, RopeScaling};

@@ -83,6 +83,18 @@ impl MaskArgs {
         Runs { mask: self, at: 0, len, row, col, cols, draws: NO_DRAWS }
     }
 
+    /// Which of the `cols` columns of the first row are kept.
+    pub(crate) fn keep_first_row(&self, cols: usize) -> Vec<bool> {
+        let mut keep = vec![false; cols];
+        let mut runs = self.runs(0, cols, cols);
+        while let Some((at, _, draws)) = runs.next() {
+            for (keep, draw) in keep[at..].iter_mut().zip(draws) {
+                *keep = self.keeps(*draw);
+            }
+        }
+        keep
+    }
+
     /// The draws of `len <= RUN` columns from `col` on, in row `row` of the tensor.
     #[inline(always)]
     pub(crate) fn draws<'a>(

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_dropout::{
-    Activation, AttentionMask, DropMask, MaskKey, Norm, Rate, StochasticDepth, activation_dropout,
-    drop_path_add, dropout, dropout_add, dropout_add_norm, reference, softmax_dropout,
+    Activation, AttentionMask, CrossEntropyConfig, DropMask, MaskKey, Norm, Rate, RopeStyle,
+    StochasticDepth, activation_dropout, cross_entropy, drop_path_add, drop_path_kept, dropout,
+    dropout_add, dropout_add_norm, reference, rope, softmax_dropout,
 };
 
 use crate::common::random;
@@ -28,6 +29,8 @@ pub enum Op {
     SoftmaxAdditive,
     DropPathAddRow,
     DropPathAddBatch,
+    /// Around a branch that changes nothing.
+    DropPathKept,
     LayerNorm,
     RmsNorm,
     /// The stream plus its norm, so that a gradient comes from both.
@@ -40,9 +43,15 @@ pub enum Op {
     GeluErfDropoutBias,
     SiluDropout,
     ReluDropoutBias,
+    /// At positions from 0 on.
+    Rope,
+    RopeInterleaved,
+    CrossEntropy,
+    /// With label smoothing, and some rows ignored.
+    CrossEntropySmoothed,
 }
 
-pub const OPS: [Op; 18] = [
+pub const OPS: [Op; 23] = [
     Op::Dropout,
     Op::DropoutAdd,
     Op::DropoutAddBias,
@@ -51,6 +60,7 @@ pub const OPS: [Op; 18] = [
     Op::SoftmaxAdditive,
     Op::DropPathAddRow,
     Op::DropPathAddBatch,
+    Op::DropPathKept,
     Op::LayerNorm,
     Op::RmsNorm,
     Op::DropoutAddNorm,
@@ -61,6 +71,10 @@ pub const OPS: [Op; 18] = [
     Op::GeluErfDropoutBias,
     Op::SiluDropout,
     Op::ReluDropoutBias,
+    Op::Rope,
+    Op::RopeInterleaved,
+    Op::CrossEntropy,
+    Op::CrossEntropySmoothed,
 ];
 
 /// Large enough that no row of random numbers is ill-conditioned.
@@ -70,9 +84,25 @@ impl Op {
     pub fn takes(self, dims: &[usize]) -> bool {
         match self {
             Op::SoftmaxCausal => dims.len() >= 2,
-            Op::DropPathAddRow => !dims.is_empty(),
+            Op::DropPathAddRow | Op::DropPathKept => !dims.is_empty(),
+            Op::Rope | Op::RopeInterleaved => {
+                matches!(dims.len(), 2..=4) && dims[dims.len() - 1].is_multiple_of(2)
+            }
+            // A row of no classes has no target.
+            Op::CrossEntropy | Op::CrossEntropySmoothed => {
+                dims.last().is_some_and(|cols| *cols > 0)
+            }
             _ => true,
         }
+    }
+
+    /// This shape, or the same with one more column if the op does not take it.
+    pub fn fitting(self, dims: &[usize]) -> Vec<usize> {
+        let mut fitting = dims.to_vec();
+        if let Some(cols) = fitting.last_mut().filter(|_| !self.takes(dims)) {
+            *cols += 1;
+        }
+        fitting
     }
 
     /// The shapes of its arguments, if `x` or the scores have this one.
@@ -81,8 +111,11 @@ impl Op {
         match self {
             Op::Dropout | Op::Softmax | Op::SoftmaxCausal => vec![dims.to_vec()],
             Op::GeluTanhDropout | Op::SiluDropout => vec![dims.to_vec()],
+            Op::Rope | Op::RopeInterleaved => vec![dims.to_vec()],
+            Op::CrossEntropy | Op::CrossEntropySmoothed => vec![dims.to_vec()],
             Op::GeluErfDropoutBias | Op::ReluDropoutBias => vec![dims.to_vec(), vec![last]],
-            Op::DropoutAdd | Op::DropPathAddRow | Op::DropPathAddBatch => vec![dims.to_vec(); 2],
+            Op::DropoutAdd => vec![dims.to_vec(); 2],
+            Op::DropPathAddRow | Op::DropPathAddBatch | Op::DropPathKept => vec![dims.to_vec(); 2],
             Op::DropoutAddBias => vec![dims.to_vec(), dims.to_vec(), vec![last]],
             Op::RmsNorm | Op::DropoutNorm => vec![dims.to_vec(), vec![last]],
             Op::LayerNorm => vec![dims.to_vec(), vec![last], vec![last]],
@@ -97,9 +130,25 @@ impl Op {
         }
     }
 
+    /// The shape of the output.
+    pub fn output(self, dims: &[usize]) -> Vec<usize> {
+        match self {
+            Op::CrossEntropy | Op::CrossEntropySmoothed => vec![],
+            _ => dims.to_vec(),
+        }
+    }
+
+    /// What the output of an op in this dtype is multiplied with for a gradient.
+    pub fn output_gradient(self, dims: &[usize], dtype: DType) -> Result<Tensor> {
+        let is_loss = matches!(self, Op::CrossEntropy | Op::CrossEntropySmoothed);
+        // A loss is an f32 even for halves.
+        let dtype = if is_loss && dtype != DType::F64 { DType::F32 } else { dtype };
+        random(&self.output(dims), dtype, 9)
+    }
+
     pub fn mask_dims(self, dims: &[usize]) -> Vec<usize> {
         match self {
-            Op::DropPathAddRow => vec![1, dims[0]],
+            Op::DropPathAddRow | Op::DropPathKept => vec![1, dims[0]],
             Op::DropPathAddBatch => vec![1, 1],
             _ => dims.to_vec(),
         }
@@ -113,7 +162,18 @@ impl Op {
             Op::DropoutAddBias => dropout_add(x, &args[1], Some(&args[2]), drop),
             Op::DropPathAddRow => drop_path_add(x, &args[1], StochasticDepth::Row, drop),
             Op::DropPathAddBatch => drop_path_add(x, &args[1], StochasticDepth::Batch, drop),
+            Op::DropPathKept => {
+                let identity = |kept: &Tensor| Ok(kept.clone());
+                drop_path_kept(x, &args[1], StochasticDepth::Row, drop, identity)
+            }
             Op::LayerNorm | Op::RmsNorm => self.norm(args).forward(x),
+            Op::Rope | Op::RopeInterleaved => {
+                let (cos, sin) = self.tables(x)?;
+                rope(x, &cos, &sin, self.style())
+            }
+            Op::CrossEntropy | Op::CrossEntropySmoothed => {
+                cross_entropy(x, &self.targets(x)?, &self.loss_config())
+            }
             _ if self.activation().is_some() => {
                 activation_dropout(x, args.get(1), self.activation().unwrap(), drop)
             }
@@ -139,10 +199,18 @@ impl Op {
             Op::DropoutAdd | Op::DropoutAddBias => {
                 reference::dropout_add(x, &args[1], args.get(2), &keep, drop_scale)
             }
-            Op::DropPathAddRow | Op::DropPathAddBatch => {
+            Op::DropPathAddRow | Op::DropPathAddBatch | Op::DropPathKept => {
                 reference::drop_path_add(x, &args[1], &keep, drop_scale)
             }
             Op::LayerNorm | Op::RmsNorm => reference::norm(x, &self.norm(args)),
+            Op::Rope | Op::RopeInterleaved => {
+                let (cos, sin) = self.tables(x)?;
+                let (cos, sin) = (cos.to_dtype(x.dtype())?, sin.to_dtype(x.dtype())?);
+                reference::rope(x, &cos, &sin, self.style())
+            }
+            Op::CrossEntropy | Op::CrossEntropySmoothed => {
+                reference::cross_entropy(x, &self.targets(x)?, &self.loss_config())
+            }
             _ if self.activation().is_some() => {
                 let activation = self.activation().unwrap();
                 reference::activation_dropout(x, args.get(1), activation, &keep, drop_scale)
@@ -159,6 +227,52 @@ impl Op {
                 reference::softmax_dropout(x, SCALE, &mask, &keep, drop_scale)
             }
         }
+    }
+
+    fn style(self) -> RopeStyle {
+        match self {
+            Op::RopeInterleaved => RopeStyle::Interleaved,
+            _ => RopeStyle::HalfSplit,
+        }
+    }
+
+    /// Cosines and sines, f32 numbers whatever the dtype of x.
+    pub fn tables(self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let &[.., t, d] = x.dims() else { candle_core::bail!("no positions") };
+        let positions = Tensor::arange(0u32, t as u32, &Device::Cpu)?.to_dtype(DType::F64)?;
+        let frequencies: Vec<f64> = (0..d / 2).map(|j| 0.9f64.powi(j as i32 % 100)).collect();
+        let frequencies = Tensor::from_vec(frequencies, (1, d / 2), &Device::Cpu)?;
+        let angles = positions.reshape((t, 1))?.broadcast_mul(&frequencies)?;
+        let table = |table: Tensor| table.to_dtype(DType::F32)?.to_device(x.device());
+        Ok((table(angles.cos()?)?, table(angles.sin()?)?))
+    }
+
+    pub fn loss_config(self) -> CrossEntropyConfig {
+        let smoothed = self == Op::CrossEntropySmoothed;
+        CrossEntropyConfig {
+            label_smoothing: if smoothed { 0.1 } else { 0. },
+            ignore_index: smoothed.then_some(-100),
+        }
+    }
+
+    /// A class for each row; u32, or i64 where some are ignored.
+    pub fn targets(self, logits: &Tensor) -> Result<Tensor> {
+        let Some((&classes, rows)) = logits.dims().split_last() else {
+            candle_core::bail!("no classes")
+        };
+        let class = |row: usize| (row * 7919 + 3) % classes.max(1);
+        let count = rows.iter().product::<usize>();
+        let targets = match self {
+            Op::CrossEntropySmoothed => {
+                let target = |row: usize| if row % 5 == 1 { -100 } else { class(row) as i64 };
+                Tensor::from_vec((0..count).map(target).collect(), rows, &Device::Cpu)?
+            }
+            _ => {
+                let target = |row: usize| class(row) as u32;
+                Tensor::from_vec((0..count).map(target).collect(), rows, &Device::Cpu)?
+            }
+        };
+        targets.to_device(logits.device())
     }
 
     fn activation(self) -> Option<Activation> {
@@ -325,7 +439,7 @@ pub fn disagreements(
         .enumerate()
         .map(|(i, dims)| random(&view.base(dims), dtype, i as u64))
         .collect::<Result<Vec<_>>>()?;
-    let dy = random(&dims[0], dtype, 9)?;
+    let dy = op.output_gradient(&dims[0], dtype)?;
     let naive = |args: &[Tensor]| op.naive(args, &drop);
     let wide = bases.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
     let exact = run(naive, &wide, dims, view, &dy.to_dtype(DType::F64)?)?;
@@ -360,6 +474,14 @@ pub fn beyond_the_naive_error(
     let terms = match op {
         Op::Softmax | Op::SoftmaxCausal | Op::SoftmaxAdditive => {
             2. * largest(&exact[0])? * largest(&dy.to_dtype(DType::F64)?)?
+        }
+        // Differences of probabilities, each with the error of an exponential whose exponent is rounded.
+        // Rows that are one row, broadcast, add up their gradients.
+        Op::CrossEntropy | Op::CrossEntropySmoothed => {
+            let dlogits = &exact[1];
+            let rows =
+                dlogits.elem_count() / dlogits.dims().last().map_or(1, |cols| (*cols).max(1));
+            4. * largest(&dy.to_dtype(DType::F64)?)? / rows.max(1) as f64
         }
         // A slope is a sum of terms of this size, each with the error of an exponential.
         _ if op.activation().is_some() => {

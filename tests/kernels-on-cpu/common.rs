@@ -6,9 +6,11 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use candle_dropout::{DropMask, MaskKey, Rate};
 
 use crate::attention_args::{AttentionArgs, AttentionLayout, HeadStrides};
+use crate::cross_entropy_args::CrossEntropyArgs;
 use crate::harness::{Case, Plain};
 use crate::launch::Launch;
 use crate::mask::MaskArgs;
+use crate::rope_args::RopeArgs;
 use crate::score_args::ScoreArgs;
 
 /// One, so few that a grid has to stride over tensors of a test's size, and the H200's.
@@ -61,8 +63,13 @@ macro_rules! for_each_dtype {
 pub(crate) use for_each_dtype;
 
 /// The kernel `<name>_<dtype>`, launched as `src/` launches it.
-pub fn case<T: Element>(name: &str, Launch { grid, block, shared_bytes }: Launch) -> Case {
-    Case::new(&format!("{name}_{}", T::DTYPE.as_str()), grid, block, shared_bytes)
+pub fn case<T: Element>(name: &str, launch: Launch) -> Case {
+    case_named(&format!("{name}_{}", T::DTYPE.as_str()), launch)
+}
+
+/// The kernel of this very name.
+pub fn case_named(name: &str, Launch { grid, block, shared_bytes }: Launch) -> Case {
+    Case::new(name, grid, block, shared_bytes)
 }
 
 /// Values between -2 and 2, always the same for a seed.
@@ -142,6 +149,10 @@ pub unsafe trait Struct: Copy {}
 unsafe impl Struct for MaskArgs {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/softmax_dropout/mask.rs`.
 unsafe impl Struct for ScoreArgs {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/rope/args.rs`.
+unsafe impl Struct for RopeArgs {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/cross_entropy/args.rs`.
+unsafe impl Struct for CrossEntropyArgs {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/attention/config.rs`.
 unsafe impl Struct for AttentionArgs {}
 // SAFETY: as above.

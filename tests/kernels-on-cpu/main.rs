@@ -13,7 +13,12 @@ mod attention_args;
 mod attention_delta;
 mod attention_f32;
 mod common;
+mod cross_entropy;
+#[path = "../../src/ops/cross_entropy/args.rs"]
+#[allow(dead_code)]
+mod cross_entropy_args;
 mod drop_path_add;
+mod drop_path_kept;
 mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
@@ -23,6 +28,10 @@ mod launch;
 #[path = "../../src/mask/mod.rs"]
 #[allow(dead_code, unused_imports)]
 mod mask;
+mod rope;
+#[path = "../../src/ops/rope/args.rs"]
+#[allow(dead_code)]
+mod rope_args;
 #[path = "../../src/rows.rs"]
 mod rows;
 #[path = "../../src/ops/softmax_dropout/mask.rs"]

@@ -8,7 +8,7 @@ use super::NAME;
 use super::config::{AttentionArgs, AttentionLayout, HeadStrides};
 use super::{GradLayout, Operands};
 use crate::elem::{Element, Real, for_float_dtype, storage};
-use crate::lanes::{lane_max, lane_sum};
+use crate::lanes::{lane_max, lane_sum, slice_sum};
 use crate::mask::{MaskArgs, NO_DRAWS, RUN};
 use crate::matmul::{Left, Product, Right, multiply, panel};
 use crate::parallel::{Scattered, map_tasks, scattered};
@@ -27,6 +27,9 @@ const STRIPE: usize = 8;
 /// Tasks below which stripes get shorter, so that many cores have something to do. Only the shape decides,
 /// for the result may not depend on the number of threads.
 const TASKS: usize = 16;
+
+/// Multiplications of a product of all scores below which a second thread costs more than it saves.
+const MIN_PRODUCTS: usize = 1 << 21;
 
 /// `o` and `lse`.
 ///
@@ -56,7 +59,7 @@ fn forward<E: Element>(
         scattered([n_heads * queries * heads.head_size], |[o]| {
             let o = Output { part: o, start: 0, strides: layout.o, cols: heads.head_size };
             let state = || Forward::new(&heads, stripe.min(queries));
-            map_tasks(n_heads * stripes, state, |state, task| {
+            map_tasks((n_heads * stripes, heads.in_parallel()), state, |state, task| {
                 let start = task % stripes * stripe;
                 let head = heads.head(task / stripes);
                 state.run(&heads, &head, start, queries.min(start + stripe), &o)
@@ -104,7 +107,7 @@ fn backward<E: Element>(
     let rows = |storage, start, strides| Rows::<E>::new(storage, start, strides, cols);
     let (o, dout) = (rows(o, o_start, layout.o)?, rows(dout, dout_start, grads.strides.o)?);
     let delta = map_tasks(
-        n_kv_heads * heads.group,
+        (n_kv_heads * heads.group, heads.in_parallel()),
         || (),
         |(), task| {
             let head = heads.head(task);
@@ -113,7 +116,7 @@ fn backward<E: Element>(
             delta
         },
     );
-    let saved = Saved { dout, lse: E::Real::slice(lse)?, delta: &delta.concat() };
+    let saved = Saved { dout, lse: E::Real::elements(lse)?, delta: &delta.concat() };
     let stripes = (TASKS / n_kv_heads).clamp(1, (args.keys as usize).div_ceil(KEYS));
     let q_len = n_kv_heads * heads.group * queries * cols;
     let kv_len = n_kv_heads * args.keys as usize * cols;
@@ -132,7 +135,7 @@ fn backward<E: Element>(
             let dq = output(0, grads.strides.q);
             let (dk, dv) = (output(1, grads.strides.k), output(2, grads.strides.v));
             let sums = map_tasks(
-                n_kv_heads * stripes,
+                (n_kv_heads * stripes, heads.in_parallel()),
                 || Backward::new(&heads),
                 |state, task| {
                     state.run(&heads, &saved, task / stripes, (task % stripes, stripes), &dk, &dv);
@@ -145,7 +148,7 @@ fn backward<E: Element>(
             );
             if stripes > 1 {
                 map_tasks(
-                    n_kv_heads,
+                    (n_kv_heads, heads.in_parallel()),
                     || (),
                     |(), kv_head| {
                         add_stripes(&heads, kv_head, &sums[kv_head * stripes..][..stripes], &dq);
@@ -275,6 +278,19 @@ impl<'a, E: Element> Heads<'a, E> {
             width: head_size.next_multiple_of(panel::<E::Real>()),
             group: args.heads as usize / args.kv_heads as usize,
         })
+    }
+
+    /// Whether there is enough to do for several threads.
+    fn in_parallel(&self) -> bool {
+        let scores = self.queries.saturating_mul(self.args.keys as usize);
+        let heads = self.args.batches as usize * self.args.heads as usize;
+        scores.saturating_mul(heads * self.head_size) >= MIN_PRODUCTS
+    }
+
+    /// Rows of the scratch memory for a block of keys and for a tile of queries.
+    fn tile_rows(&self) -> (usize, usize) {
+        let keys = (self.args.keys as usize).next_multiple_of(panel::<E::Real>());
+        (keys.min(KEYS), self.queries.min(QUERIES))
     }
 
     /// The head of this index in `[B, H]`.
@@ -424,7 +440,7 @@ vectorized! {
             for (out, x) in out.iter_mut().zip(row) {
                 *out = x.load() * scale;
             }
-            spoiled += lane_sum(row.len(), |d| out[d] * E::Real::ZERO);
+            spoiled += slice_sum(&out[..row.len()], |x| x * E::Real::ZERO);
         }
         spoiled == E::Real::ZERO
     }
@@ -465,11 +481,12 @@ struct Forward<R> {
 
 impl<R: Real> Forward<R> {
     fn new<E: Element<Real = R>>(heads: &Heads<'_, E>, stripe: usize) -> Self {
+        let (keys, queries) = heads.tile_rows();
         Self {
             q: Widened::zeros(stripe, heads.width),
-            keys: vec![R::ZERO; KEYS * heads.head_size],
-            values: Widened::zeros(KEYS, heads.width),
-            scores: vec![R::ZERO; QUERIES * KEYS],
+            keys: vec![R::ZERO; keys * heads.head_size],
+            values: Widened::zeros(keys, heads.width),
+            scores: vec![R::ZERO; queries * KEYS],
             o: vec![R::ZERO; stripe * heads.width],
             max: vec![R::ZERO; stripe],
             sum: vec![R::ZERO; stripe],
@@ -564,7 +581,7 @@ vectorized! {
             for t in seen.iter_mut() {
                 *t = (*t - max).exp_of_nonpositive();
             }
-            *sum += lane_sum(seen.len(), |j| seen[j]);
+            *sum += slice_sum(seen, |p| p);
             if !heads.drop.keeps_all() {
                 let (row, col) = (head.mask_row + query, tile.block + from);
                 let draws = heads.drop.draws(row, col, to - from, &mut buffer);
@@ -653,17 +670,17 @@ struct Backward<R> {
 
 impl<R: Real> Backward<R> {
     fn new<E: Element<Real = R>>(heads: &Heads<'_, E>) -> Self {
-        let zeros = |len| vec![R::ZERO; len];
+        let (zeros, (keys, queries)) = (|len| vec![R::ZERO; len], heads.tile_rows());
         Self {
-            keys: zeros(KEYS * heads.head_size),
-            values: zeros(KEYS * heads.head_size),
-            k: Widened::zeros(KEYS, heads.width),
-            dk: zeros(KEYS * heads.width),
-            dv: zeros(KEYS * heads.width),
-            q: Widened::zeros(QUERIES, heads.width),
-            dout: Widened::zeros(QUERIES, heads.width),
-            scores: zeros(QUERIES * KEYS),
-            dp: zeros(QUERIES * KEYS),
+            keys: zeros(keys * heads.head_size),
+            values: zeros(keys * heads.head_size),
+            k: Widened::zeros(keys, heads.width),
+            dk: zeros(keys * heads.width),
+            dv: zeros(keys * heads.width),
+            q: Widened::zeros(queries, heads.width),
+            dout: Widened::zeros(queries, heads.width),
+            scores: zeros(queries * KEYS),
+            dp: zeros(queries * KEYS),
             dq: zeros(heads.group * heads.queries * heads.width),
         }
     }
@@ -806,7 +823,7 @@ vectorized! {
                 continue;
             }
             let (seen, bend) = (&mut scores[begin..end], &mut bend[begin..end]);
-            logits(heads, head, query, tile.block + begin, seen, capped.then_some(bend));
+            logits(heads, head, query, tile.block + begin, seen, capped.then_some(&mut *bend));
             for t in seen.iter_mut() {
                 *t = (*t - *lse).exp_of_nonpositive();
             }
@@ -829,7 +846,7 @@ vectorized! {
                 }
             }
             if capped {
-                for (dp, bend) in dp[begin..end].iter_mut().zip(&bend[begin..end]) {
+                for (dp, bend) in dp[begin..end].iter_mut().zip(bend) {
                     *dp = *dp * *bend;
                 }
             }

@@ -1,6 +1,8 @@
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{CudaView, LaunchArgs, PushKernelArg};
-use candle_core::cuda_backend::{CudaDType, CudaFunc};
+use candle_core::cuda_backend::CudaDType;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaView, LaunchArgs, PushKernelArg,
+};
 use candle_core::{CudaDevice, CudaStorage, Result, WithDType, bail};
 
 use super::config::{AttentionArgs, AttentionLayout};
@@ -26,7 +28,7 @@ fn kernel<T: WithDType>(
     pass: AttentionPass,
     args: &AttentionArgs,
     drop: &MaskArgs,
-) -> Result<(CudaFunc, Launch)> {
+) -> Result<(CudaFunction, Launch)> {
     let is_half = size_of::<T>() == 2;
     // The tensor cores' instructions for both halves, and asynchronous copies.
     if is_half && !has_capability(device, (8, 0))? {
@@ -109,6 +111,7 @@ pub(super) fn fwd(
     operands: &Operands<CudaStorage>,
 ) -> Result<(CudaStorage, CudaStorage)> {
     let device = operands.q.0.device();
+    let stream = device.cuda_stream();
     for_cuda_dtype!(NAME, operands.q.0, |T| {
         let (kernel, sizes) = kernel::<T>(device, AttentionPass::Fwd, args, drop)?;
         let views = Views::<T>::new(operands)?;
@@ -116,7 +119,7 @@ pub(super) fn fwd(
         let o = unsafe { output::<T>(device, rows(args) * args.head_size as usize) }?;
         // SAFETY: it writes one number a row.
         let lse = unsafe { output::<f32>(device, rows(args)) }?;
-        let mut list = kernel.builder();
+        let mut list = stream.launch_builder(&kernel);
         views.push(&mut list);
         list.arg(&o).arg(&lse).arg(args).arg(layout).arg(drop);
         // SAFETY: (q, k, v, key_lengths, alibi_slopes, o, lse, args, layout, drop); the tensors hold what
@@ -140,6 +143,7 @@ pub(super) fn bwd(
     dout: (&CudaStorage, usize),
 ) -> Result<Vec<CudaStorage>> {
     let device = operands.q.0.device();
+    let stream = device.cuda_stream();
     let strides = &grads.strides;
     for_cuda_dtype!(NAME, operands.q.0, |T| {
         let (dkdv, dkdv_sizes) = kernel::<T>(device, AttentionPass::BwdDkdv, args, drop)?;
@@ -179,7 +183,7 @@ pub(super) fn bwd(
             None => [whole(0), whole(1), whole(2)],
         };
 
-        let mut list = dkdv.builder();
+        let mut list = stream.launch_builder(&dkdv);
         views.push(&mut list);
         list.arg(&dout).arg(lse).arg(&delta).arg(&dk_view).arg(&dv_view);
         list.arg(args).arg(layout).arg(strides).arg(drop);
@@ -188,7 +192,7 @@ pub(super) fn bwd(
         // number a row.
         unsafe { launch(list, dkdv_sizes) }?;
 
-        let mut list = dq.builder();
+        let mut list = stream.launch_builder(&dq);
         views.push(&mut list);
         list.arg(&dout).arg(lse).arg(&delta).arg(&dq_view);
         list.arg(args).arg(layout).arg(strides).arg(drop);

@@ -14,13 +14,7 @@ pub(super) fn fwd(
     (x, layout): (&CpuStorage, &Layout),
     residual: Option<(&CpuStorage, &Layout)>,
 ) -> Result<CpuStorage> {
-    let mut keep = vec![false; samples];
-    let mut runs = mask.runs(0, samples, samples);
-    while let Some((at, _, draws)) = runs.next() {
-        for (keep, draw) in keep[at..].iter_mut().zip(draws) {
-            *keep = mask.keeps(*draw);
-        }
-    }
+    let keep = mask.keep_first_row(samples);
     for_float_dtype!(NAME, x, |E| {
         let x = slice::<E>(NAME, x, layout)?;
         let residual =
@@ -46,7 +40,7 @@ pub(super) fn fwd(
 
 vectorized! {
     /// A part of one sample: its residual alone if it is dropped.
-    fn add_branch<E: Element>(
+    pub(in crate::ops) fn add_branch<E: Element>(
         keep: bool,
         scale: f32,
         x: &[E],

@@ -1,6 +1,6 @@
 //! `y[n] = residual[n] + (keep[n] ? x[n] * scale : 0)`.
 
-mod cpu;
+pub(super) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
@@ -70,16 +70,21 @@ pub fn drop_path_add(
 ) -> Result<Tensor> {
     check_dtype(NAME, "x", x)?;
     check_same(NAME, "residual", residual, x)?;
-    let samples = match (depth, x.dims()) {
-        (StochasticDepth::Batch, _) => 1,
-        (StochasticDepth::Row, [samples, ..]) => *samples,
-        (StochasticDepth::Row, []) => bail!(
-            "{NAME}: x: expected a batch dimension, got a scalar; unsqueeze it or use \
-             StochasticDepth::Batch"
-        ),
-    };
+    let samples = samples(NAME, depth, x)?;
     let mask = drop.args(NAME, &[1, samples])?;
     x.contiguous()?.apply_op2(&residual.contiguous()?, DropPathAdd { mask, samples })
+}
+
+/// How many samples draw for themselves.
+pub(super) fn samples(op: &str, depth: StochasticDepth, x: &Tensor) -> Result<usize> {
+    match (depth, x.dims()) {
+        (StochasticDepth::Batch, _) => Ok(1),
+        (StochasticDepth::Row, [samples, ..]) => Ok(*samples),
+        (StochasticDepth::Row, []) => bail!(
+            "{op}: x: expected a batch dimension, got a scalar; unsqueeze it or use \
+             StochasticDepth::Batch"
+        ),
+    }
 }
 
 #[derive(Clone, Copy)]

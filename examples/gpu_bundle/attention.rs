@@ -1,0 +1,220 @@
+//! Attention in one op against its scores materialised around `softmax_dropout`: time, TFLOP/s, what dropout
+//! costs, and the most memory that a step takes beyond its arguments.
+//!
+//! FLOPs count the two products of the forward pass over the visible scores, `4 B H Sq Sk D`, half of it
+//! where causal, and two and a half times as much again for the five products of the backward pass.
+
+use std::fmt::Write;
+
+use anyhow::{Result, ensure};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_dropout::{
+    AttentionConfig, AttentionMask, DropMask, attention, reference, softmax_dropout,
+};
+
+use crate::memory::{forget_peak, used_and_peak};
+use crate::results::Record;
+use crate::runner::mask;
+use crate::timing::Timer;
+
+/// Of a record: all scores, or those up to the query's own key.
+pub const OPS: [&str; 2] = ["attention", "attention_causal"];
+
+const DROP_PS: [f32; 2] = [0., 0.1];
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Form {
+    Fused,
+    Materialised,
+}
+
+impl Form {
+    fn variant(self) -> &'static str {
+        match self {
+            Self::Fused => "fused",
+            Self::Materialised => "materialised",
+        }
+    }
+}
+
+/// `[B, H, S, D]`: heads of 64 and 128 columns, 16k tokens in all on CUDA.
+fn shapes(device: &Device, small: bool) -> Vec<[usize; 4]> {
+    match (small, device.is_cuda()) {
+        (true, _) => vec![[1, 2, 64, 64]],
+        (false, true) => [512, 2048, 4096, 16_384]
+            .into_iter()
+            .flat_map(|s| [[16_384 / s, 32, s, 64], [16_384 / s, 16, s, 128]])
+            .collect(),
+        (false, false) => vec![
+            [2, 8, 512, 64],
+            [2, 4, 512, 128],
+            [1, 8, 1024, 64],
+            [1, 4, 2048, 64],
+            [1, 2, 2048, 128],
+            [1, 2, 4096, 64],
+        ],
+    }
+}
+
+/// Bytes of scores that one tensor may have.
+fn largest_scores(device: &Device) -> usize {
+    if device.is_cuda() { 8 << 30 } else { 256 << 20 }
+}
+
+pub fn records(timer: &Timer, small: bool) -> Result<Vec<Record>> {
+    let device = &timer.device;
+    let dtypes = if device.is_cuda() { vec![DType::BF16, DType::F16] } else { vec![DType::F32] };
+    let mut records = Vec::new();
+    for dtype in dtypes {
+        for dims in shapes(device, small) {
+            let qkv = (0..3).map(|_| {
+                Var::from_tensor(&Tensor::randn(0f32, 1., &dims[..], device)?.to_dtype(dtype)?)
+            });
+            let qkv = qkv.collect::<candle_core::Result<Vec<_>>>()?;
+            for (op, causal) in OPS.into_iter().zip([false, true]) {
+                for drop_p in DROP_PS {
+                    check(&qkv, causal, &mask(drop_p))?;
+                    for form in [Form::Fused, Form::Materialised] {
+                        let scores = dims[0] * dims[1] * dims[2] * dims[2] * dtype.size_in_bytes();
+                        if form == Form::Fused || scores <= largest_scores(device) {
+                            measure(timer, form, &qkv, (op, causal), drop_p, &mut records)?;
+                        }
+                    }
+                }
+            }
+            eprintln!("bench: attention, {dtype:?}, {dims:?}");
+        }
+    }
+    Ok(records)
+}
+
+fn config(causal: bool) -> AttentionConfig {
+    AttentionConfig { causal, ..Default::default() }
+}
+
+fn run(form: Form, qkv: &[Tensor], causal: bool, drop: &DropMask) -> candle_core::Result<Tensor> {
+    let [q, k, v] = qkv else { candle_core::bail!("three tensors") };
+    match form {
+        Form::Fused => attention(q, k, v, &config(causal), drop),
+        Form::Materialised => {
+            let mask = if causal { AttentionMask::Causal } else { AttentionMask::None };
+            let scale = 1. / (q.dim(3)? as f64).sqrt();
+            softmax_dropout(&q.matmul(&k.t()?)?, scale, &mask, drop)?.matmul(v)
+        }
+    }
+}
+
+/// The last queries of the first head, and the gradient of each, against the formula in f64 with that part
+/// of the mask.
+fn check(qkv: &[Var], causal: bool, drop: &DropMask) -> Result<()> {
+    let (b, h, s, d) = qkv[0].dims4()?;
+    let rows = s.min(32);
+    let dout = qkv[1].as_detached_tensor();
+    let o = attention(&qkv[0], &qkv[1], &qkv[2], &config(causal), drop)?;
+    let dq = (&o * &dout)?.backward()?.get(&qkv[0]).cloned();
+    let part = |x: &Tensor, from: usize| -> candle_core::Result<Tensor> {
+        let rows = x.narrow(0, 0, 1)?.narrow(1, 0, 1)?.narrow(2, from, s - from)?;
+        rows.contiguous()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)
+    };
+    let window = drop.window(&[b, h, s, s], &[0, 0, s - rows, 0]);
+    let keep = window.to_tensor((1, 1, rows, s), &Device::Cpu)?;
+    let q = Var::from_tensor(&part(&qkv[0], s - rows)?)?;
+    let (k, v) = (part(&qkv[1], 0)?, part(&qkv[2], 0)?);
+    let scale = drop.rate().scale().into();
+    let exact = reference::attention(&q, &k, &v, &config(causal), &keep, scale)?;
+    let exact_dq = (&exact * part(&dout, s - rows)?)?.backward()?.get(&q).cloned();
+    let tolerance = match qkv[0].dtype() {
+        DType::F32 => 2e-5,
+        DType::F16 => 4e-3,
+        _ => 3e-2,
+    };
+    for (what, ours, exact) in [("o", Some(o), Some(exact)), ("dq", dq, exact_dq)] {
+        let (Some(ours), Some(exact)) = (ours, exact) else { anyhow::bail!("{what} is missing") };
+        let norm = |x: Tensor| x.sqr()?.sum_all()?.to_scalar::<f64>().map(f64::sqrt);
+        let off = norm((part(&ours, s - rows)? - &exact)?)? / norm(exact)?;
+        ensure!(
+            off <= tolerance,
+            "attention on {:?}, D {d}, causal {causal}, {drop:?}: {what} is off by {off:e} and not timed",
+            [b, h, s]
+        );
+    }
+    Ok(())
+}
+
+type Work<'a> = &'a dyn Fn() -> candle_core::Result<()>;
+
+fn measure(
+    timer: &Timer,
+    form: Form,
+    qkv: &[Var],
+    (op, causal): (&str, bool),
+    drop_p: f32,
+    records: &mut Vec<Record>,
+) -> Result<()> {
+    let (b, h, s, d) = qkv[0].dims4()?;
+    let flop = 4. * (b * h * s * s * d) as f64 * if causal { 0.5 } else { 1. };
+    let tracked: Vec<_> = qkv.iter().map(|var| var.as_tensor().clone()).collect();
+    let detached: Vec<_> = tracked.iter().map(Tensor::detach).collect();
+    let drop = mask(drop_p);
+    let forward = || run(form, &detached, causal, &drop).map(|_| ());
+    let both = || run(form, &tracked, causal, &drop)?.backward().map(|_| ());
+    let passes: [(&str, f64, Work<'_>); 2] =
+        [("forward", flop, &forward), ("forward_backward", 3.5 * flop, &both)];
+    for (pass, flop, work) in passes {
+        work()?;
+        forget_peak(&timer.device)?;
+        let (before, _) = used_and_peak(&timer.device)?;
+        work()?;
+        let (_, peak) = used_and_peak(&timer.device)?;
+        let timing = timer.time(1, |_| work())?;
+        let what = ["candle-dropout", form.variant(), op, pass, qkv[0].dtype().as_str()];
+        let mut record = Record::new(what, drop_p, &[b, h, s, d], timing);
+        record.again_ms = Some(timer.time(1, |_| work())?.ms);
+        record.flop = Some(flop);
+        record.peak_bytes = Some((peak - before) as f64);
+        records.push(record);
+    }
+    Ok(())
+}
+
+/// A table of the records of attention; nothing if there are none.
+pub fn markdown(records: &[Record]) -> Result<String> {
+    let mut md = String::new();
+    let records: Vec<_> = records.iter().filter(|r| OPS.contains(&r.op.as_str())).collect();
+    if records.is_empty() {
+        return Ok(md);
+    }
+    md.push_str(
+        "\nAttention, [batch, heads, tokens, columns of a head]. \"dropout\" is the time over that without; \
+         \"peak\" is memory beyond the arguments.\n\n\
+         | form | op | pass | dtype | shape | drop p | ms | quartiles | again | TFLOP/s | dropout | peak |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for r in &records {
+        let undropped = records.iter().find(|o| {
+            (&o.variant, &o.op, &o.pass, &o.dtype, &o.shape)
+                == (&r.variant, &r.op, &r.pass, &r.dtype, &r.shape)
+                && o.drop_p == 0.
+                && r.drop_p > 0.
+        });
+        let or_dash = |x: Option<String>| x.unwrap_or_else(|| "-".into());
+        writeln!(
+            md,
+            "| {} | `{}` | {} | {} | {:?} | {} | {:.3} | {:.3} to {:.3} | {} | {} | {} | {} |",
+            r.variant,
+            r.op,
+            r.pass,
+            r.dtype,
+            r.shape,
+            r.drop_p,
+            r.ms,
+            r.ms_low,
+            r.ms_high,
+            or_dash(r.again_ms.map(|ms| format!("{:+.0} %", (ms / r.ms - 1.) * 100.))),
+            or_dash(r.flop.map(|flop| format!("{:.3}", flop / r.ms / 1e9))),
+            or_dash(undropped.map(|o| format!("{:+.0} %", (r.ms / o.ms - 1.) * 100.))),
+            or_dash(r.peak_bytes.map(|bytes| format!("{:.1} MB", bytes / 1e6))),
+        )?;
+    }
+    Ok(md)
+}

@@ -1,0 +1,70 @@
+/// How [`cross_entropy`](crate::cross_entropy()) takes its targets.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CrossEntropyConfig {
+    /// The part `eps` of each target that is spread evenly over all classes, 0 to 1.
+    pub label_smoothing: f64,
+    /// Rows with this target count nothing, in the mean and in the gradient. Any number: a class, or
+    /// one that no class has, like the -100 of i64 targets or `i64::from(u32::MAX)` for u32 ones.
+    pub ignore_index: Option<i64>,
+}
+
+impl Default for CrossEntropyConfig {
+    /// No smoothing, and -100 is ignored: PyTorch's defaults.
+    fn default() -> Self {
+        Self { label_smoothing: 0., ignore_index: Some(-100) }
+    }
+}
+
+/// Sizes and settings of the loss: the argument of the kernels. Twin of `struct CrossEntropyArgs` in
+/// `kernels/cross_entropy.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct CrossEntropyArgs {
+    pub(crate) rows: u64,
+    pub(crate) classes: u64,
+    /// What every class gets of the target distribution: `label_smoothing / classes`.
+    pub(crate) uniform: f64,
+    /// What the target gets beyond that: `1 - label_smoothing`.
+    pub(crate) peak: f64,
+    ignore_index: i64,
+    /// 1 if there is an `ignore_index`.
+    ignores: u32,
+    padding: u32,
+}
+
+impl CrossEntropyArgs {
+    pub(crate) fn new(rows: usize, classes: usize, config: &CrossEntropyConfig) -> Self {
+        Self {
+            rows: rows as u64,
+            classes: classes as u64,
+            uniform: config.label_smoothing / classes.max(1) as f64,
+            peak: 1. - config.label_smoothing,
+            ignore_index: config.ignore_index.unwrap_or(0),
+            ignores: u32::from(config.ignore_index.is_some()),
+            padding: 0,
+        }
+    }
+
+    /// True if a row with this target counts nothing.
+    #[inline(always)]
+    pub(crate) fn ignores(&self, target: i64) -> bool {
+        self.ignores == 1 && target == self.ignore_index
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn the_layout_is_that_of_the_kernels() {
+        assert_eq!(size_of::<CrossEntropyArgs>(), 48);
+        let sizes = [offset_of!(CrossEntropyArgs, rows), offset_of!(CrossEntropyArgs, classes)];
+        let parts = [offset_of!(CrossEntropyArgs, uniform), offset_of!(CrossEntropyArgs, peak)];
+        let ignored =
+            [offset_of!(CrossEntropyArgs, ignore_index), offset_of!(CrossEntropyArgs, ignores)];
+        assert_eq!([sizes, parts, ignored], [[0, 8], [16, 24], [32, 40]]);
+    }
+}

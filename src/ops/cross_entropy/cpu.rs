@@ -1,0 +1,191 @@
+use std::mem::MaybeUninit;
+
+use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType, bail};
+
+use super::{CrossEntropyArgs, Forward, Kept, NAME};
+use crate::claim::Input;
+use crate::elem::{Element, Real, for_float_dtype, reals, slice, storage};
+use crate::lanes::{lane_max, lane_sum};
+use crate::parallel::{filled, filled_per_row};
+use crate::simd::vectorized;
+
+pub(super) fn fwd(
+    args: &CrossEntropyArgs,
+    (logits, layout): (&CpuStorage, &Layout),
+    targets: &Tensor,
+) -> Result<Forward<CpuStorage>> {
+    let (rows, classes) = (args.rows as usize, args.classes as usize);
+    let targets = Input::new(targets);
+    let targets = classes_of(targets.cpu(NAME)?)?;
+    let is_class = |target: i64| usize::try_from(target).is_ok_and(|target| target < classes);
+    let wrong = |target: &i64| !is_class(*target) && !args.ignores(*target);
+    if let Some(at) = targets.iter().position(wrong) {
+        bail!(
+            "{NAME}: targets: expected classes below V = {classes} or ignore_index, got {} in row {at}; \
+             was the text encoded for another vocabulary?",
+            targets[at]
+        )
+    }
+    for_float_dtype!(NAME, logits, |E| {
+        let logits = slice::<E>(NAME, logits, layout)?;
+        // SAFETY: `rows_fwd` writes the result of every row.
+        let results = unsafe {
+            filled_per_row(rows, classes, |start, results| {
+                let logits = &logits[start * classes..][..results.len() * classes];
+                rows_fwd(args, logits, &targets[start..][..results.len()], results)
+            })
+        };
+        let count = targets.iter().filter(|target| !args.ignores(**target)).count();
+        Ok(mean(&results, count))
+    })
+}
+
+/// From the log-sum-exp and the loss of each row.
+fn mean<R: Real>(results: &[(R, R)], count: usize) -> Forward<CpuStorage> {
+    // In the order of the rows, whatever threads computed them.
+    let total: f64 = results.iter().fold(0., |total, (_, loss)| total + loss.to_f64());
+    let inverse_count = if count == 0 { 0. } else { 1. / count as f64 };
+    let scalar = |x: f64| R::storage(vec![R::from_f64(x)]);
+    Forward {
+        loss: scalar(total * inverse_count),
+        lse: R::storage(results.iter().map(|(lse, _)| *lse).collect()),
+        inverse_count: scalar(inverse_count),
+    }
+}
+
+pub(super) fn bwd(
+    args: &CrossEntropyArgs,
+    (logits, layout): (&CpuStorage, &Layout),
+    targets: &Tensor,
+    kept: &Kept,
+    dloss: (&CpuStorage, &Layout),
+) -> Result<CpuStorage> {
+    let classes = args.classes as usize;
+    let (targets, lse, inverse_count) =
+        (Input::new(targets), Input::new(&kept.lse), Input::new(&kept.inverse_count));
+    let targets = classes_of(targets.cpu(NAME)?)?;
+    for_float_dtype!(NAME, logits, |E| {
+        let logits = slice::<E>(NAME, logits, layout)?;
+        type R = <E as Element>::Real;
+        let lse = reals::<R>(NAME, lse.cpu(NAME)?)?;
+        let inverse_count = reals::<R>(NAME, inverse_count.cpu(NAME)?)?;
+        let scale = reals::<R>(NAME, dloss)?[0] * inverse_count[0];
+        // SAFETY: chunks are whole rows, and `rows_bwd` writes every row of `dlogits`.
+        let dlogits = unsafe {
+            filled(logits.len(), classes, |start, dlogits| {
+                let (logits, row) = (&logits[start..][..dlogits.len()], start / classes);
+                rows_bwd(args, scale, logits, &targets[row..], &lse[row..], dlogits)
+            })
+        };
+        Ok(storage(dlogits))
+    })
+}
+
+fn classes_of<'a>((targets, layout): (&'a CpuStorage, &Layout)) -> Result<&'a [i64]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("{NAME}: targets: expected a contiguous tensor, got {layout:?}; call contiguous()")
+    };
+    Ok(&i64::cpu_storage_as_slice(targets)?[start..end])
+}
+
+vectorized! {
+    /// The log-sum-exp and the loss of each row.
+    fn rows_fwd<E: Element>(
+        args: &CrossEntropyArgs,
+        logits: &[E],
+        targets: &[i64],
+        results: &mut [MaybeUninit<(E::Real, E::Real)>],
+    ) {
+        let (zero, classes) = (E::Real::ZERO, args.classes as usize);
+        let rows = logits.chunks_exact(classes).zip(targets);
+        for ((logits, target), result) in rows.zip(results) {
+            if args.ignores(*target) {
+                result.write((zero, zero));
+                continue;
+            }
+            let RowSums { max, exponentials, logits: sum } =
+                row_sums(logits, args.uniform != 0.);
+            let log_sum = exponentials.ln();
+            // Differences of logits, so that large ones lose nothing.
+            let of_target = E::Real::from_f64(args.peak) * (max - logits[*target as usize].load());
+            let of_all = match args.uniform {
+                0. => zero,
+                uniform => {
+                    let classes = E::Real::from_f64(args.classes as f64);
+                    E::Real::from_f64(uniform) * (classes * max - sum)
+                }
+            };
+            result.write((max + log_sum, log_sum + of_target + of_all));
+        }
+    }
+}
+
+vectorized! {
+    /// `dlogits` of each row.
+    fn rows_bwd<E: Element>(
+        args: &CrossEntropyArgs,
+        scale: E::Real,
+        logits: &[E],
+        targets: &[i64],
+        lse: &[E::Real],
+        dlogits: &mut [MaybeUninit<E>],
+    ) {
+        let classes = args.classes as usize;
+        let (uniform, peak) = (E::Real::from_f64(args.uniform), E::Real::from_f64(args.peak));
+        let rows = logits.chunks_exact(classes).zip(dlogits.chunks_exact_mut(classes));
+        for ((logits, dlogits), (target, lse)) in rows.zip(targets.iter().zip(lse)) {
+            if args.ignores(*target) {
+                dlogits.fill(MaybeUninit::new(E::ZERO));
+                continue;
+            }
+            for (logit, dlogit) in logits.iter().zip(&mut *dlogits) {
+                let p = (logit.load() - *lse).exp_of_nonpositive();
+                dlogit.write(E::store((p - uniform) * scale));
+            }
+            let target = *target as usize;
+            let p = (logits[target].load() - *lse).exp_of_nonpositive();
+            dlogits[target].write(E::store((p - uniform - peak) * scale));
+        }
+    }
+}
+
+/// What the loss of a row is made of.
+struct RowSums<R> {
+    max: R,
+    /// Of `exp(logit - max)`.
+    exponentials: R,
+    /// Of the logits themselves, if asked for.
+    logits: R,
+}
+
+/// One pass over a row: block by block, each of which stays in the first-level cache while its maximum
+/// and then its exponentials are taken; a larger maximum rescales what came before.
+#[inline(always)]
+fn row_sums<E: Element>(row: &[E], with_logits: bool) -> RowSums<E::Real> {
+    const BLOCK: usize = 1024;
+    let zero = E::Real::ZERO;
+    let mut sums = RowSums { max: E::Real::NEG_INFINITY, exponentials: zero, logits: zero };
+    let mut block = [zero; BLOCK];
+    for row in row.chunks(BLOCK) {
+        let block = &mut block[..row.len()];
+        for (x, logit) in block.iter_mut().zip(row) {
+            *x = logit.load();
+        }
+        if with_logits {
+            sums.logits += lane_sum(block.len(), |j| block[j]);
+        }
+        let max = lane_max(block);
+        if max > sums.max {
+            let shrunk = (sums.max - max).exp_of_nonpositive(); // 0 before the first maximum
+            sums.exponentials = sums.exponentials * shrunk;
+            sums.max = max;
+        }
+        // With every logit at -inf so far, 0 stands in for the maximum: the exponentials are 0 then.
+        let shift = if sums.max == E::Real::NEG_INFINITY { zero } else { sums.max };
+        for x in block.iter_mut() {
+            *x = (*x - shift).exp_of_nonpositive();
+        }
+        sums.exponentials += lane_sum(block.len(), |j| block[j]);
+    }
+    sums
+}

@@ -1,0 +1,171 @@
+//! `y = R(position) x`: rotary position embeddings.
+
+mod args;
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, bail};
+
+pub(crate) use args::RopeArgs;
+
+use crate::elem::check_dtype;
+
+const NAME: &str = "rope";
+
+/// Which elements of a head are rotated together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Element `j` with element `j + D/2`: GPT-NeoX and the LLaMA weights of Hugging Face.
+    #[default]
+    HalfSplit,
+    /// Element `2j` with element `2j + 1`: the paper, GPT-J and Meta's own LLaMA weights.
+    Interleaved,
+}
+
+/// Rotary position embedding: rotates pairs of elements by an angle that depends on the position.
+///
+/// ```text
+/// y1 = x1 * cos - x2 * sin        y2 = x1 * sin + x2 * cos        for each pair (x1, x2)
+/// dx1 = dy1 * cos + dy2 * sin     dx2 = dy2 * cos - dy1 * sin     the rotation backwards
+/// ```
+///
+/// It is made for queries and keys, `x = [B, H, T, D]`, and reads the view that a projection leaves
+/// (`[B, T, H, D]` transposed) without copying it first. [`Rope`](crate::Rope) makes the tables.
+///
+/// # Shapes
+/// `x` `[B, H, T, D]`, `[B, T, D]` or `[T, D]` with an even `D`, strided or not; `y` has its shape and
+/// is contiguous. `cos` and `sin` `[T, D/2]`, or `[B, T, D/2]` with angles for each batch entry.
+///
+/// # Dtypes
+/// `x` in f32, f16, bf16, and f64 on the CPU. The tables may have any float dtype and are used in f32
+/// (f64 for an f64 `x`): half an angle would be no angle. Products and sums are computed in f32 and
+/// rounded once.
+///
+/// # Randomness
+/// None.
+///
+/// # Errors
+/// `x` is no float tensor, or f64 on CUDA; it has another rank or an odd last dimension; the tables
+/// have another shape, dtype or device than said above, or track a gradient: they are constants.
+///
+/// Su, Lu, Pan, Murtadha, Wen, Liu, "RoFormer: enhanced transformer with rotary position embedding",
+/// 2021, arXiv 2104.09864 (eq. 15 and 34).
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_dropout::{RopeStyle, rope};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 2., 3., 4.]], &Device::Cpu)?;
+/// // The first pair stays, the second turns by a right angle.
+/// let cos = Tensor::new(&[[1f32, 0.]], &Device::Cpu)?;
+/// let sin = Tensor::new(&[[0f32, 1.]], &Device::Cpu)?;
+/// let y = rope(&x, &cos, &sin, RopeStyle::HalfSplit)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[1., -4., 3., 2.]]);
+/// let y = rope(&x, &cos, &sin, RopeStyle::Interleaved)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[1., 2., -4., 3.]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, style: RopeStyle) -> Result<Tensor> {
+    check_dtype(NAME, "x", x)?;
+    let &[.., t, d] = x.dims() else {
+        bail!("{NAME}: x: expected [.., T, D], got {:?}; unsqueeze it", x.dims())
+    };
+    if x.rank() > 4 {
+        bail!(
+            "{NAME}: x: expected [T, D], [B, T, D] or [B, H, T, D], got {:?}; reshape it",
+            x.dims()
+        )
+    }
+    if d % 2 != 0 {
+        bail!(
+            "{NAME}: x: expected an even last dimension, got {:?}; pad it or rotate a part",
+            x.dims()
+        )
+    }
+    let cos = table("cos", cos, x, [t, d / 2])?;
+    let sin = table("sin", sin, x, [t, d / 2])?;
+    if cos.dims() != sin.dims() {
+        bail!(
+            "{NAME}: sin: expected shape {:?} like cos, got {:?}; give both for each batch entry, or \
+             neither",
+            cos.dims(),
+            sin.dims()
+        )
+    }
+    Rope { cos, sin, style, inverse: false }.apply(x)
+}
+
+/// A table in the form that kernels take.
+fn table(arg: &str, table: &Tensor, x: &Tensor, shared: [usize; 2]) -> Result<Tensor> {
+    check_dtype(NAME, arg, table)?;
+    let per_batch = [x.dims()[0], shared[0], shared[1]];
+    if table.dims() != shared && (table.dims() != per_batch || x.rank() < 3) {
+        bail!(
+            "{NAME}: {arg}: expected shape [T, D/2] = {shared:?} or [B, T, D/2] = {per_batch:?} for x \
+             {:?}, got {:?}; narrow it to the positions of x",
+            x.dims(),
+            table.dims()
+        )
+    }
+    if !table.device().same_device(x.device()) {
+        bail!(
+            "{NAME}: {arg}: expected device {:?} like x, got {:?}; move it with to_device",
+            x.device().location(),
+            table.device().location()
+        )
+    }
+    if table.track_op() {
+        bail!("{NAME}: {arg}: expected a constant, got one that tracks a gradient; detach() it")
+    }
+    let dtype = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    table.to_dtype(dtype)?.contiguous()
+}
+
+struct Rope {
+    cos: Tensor,
+    sin: Tensor,
+    style: RopeStyle,
+    inverse: bool,
+}
+
+impl Rope {
+    fn apply(self, x: &Tensor) -> Result<Tensor> {
+        let is_dense = x.dim(D::Minus1)? <= 1 || x.stride().last() == Some(&1);
+        if is_dense { x.apply_op1(self) } else { x.contiguous()?.apply_op1(self) }
+    }
+
+    fn args(&self, layout: &Layout) -> Result<RopeArgs> {
+        let interleaved = self.style == RopeStyle::Interleaved;
+        RopeArgs::new(NAME, layout, self.cos.dims(), self.inverse, interleaved)
+    }
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = cpu::fwd(&self.args(layout)?, (x, layout), &self.cos, &self.sin)?;
+        Ok((y, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let y = cuda::fwd(&self.args(layout)?, (x, layout), &self.cos, &self.sin)?;
+        Ok((y, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let (cos, sin) = (self.cos.clone(), self.sin.clone());
+        Self { cos, sin, style: self.style, inverse: !self.inverse }.apply(dy).map(Some)
+    }
+}

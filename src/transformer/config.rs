@@ -1,0 +1,515 @@
+//! The hyperparameters of a Transformer, and how to read them from Hugging Face's `config.json`.
+
+use candle_core::{Result, bail};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::layers::RopeScaling;
+use crate::ops::Activation;
+
+/// Whose names, weight layout and parts a [`Transformer`](super::Transformer) has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// LayerNorm, learned positions, an MLP of two projections whose weights are `[in, out]`:
+    /// Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+    Gpt2,
+    /// RMSNorm, rotary positions, a gated MLP, weights `[out, in]`: Touvron et al. 2023, arXiv
+    /// 2302.13971; grouped-query heads as in arXiv 2307.09288.
+    Llama,
+}
+
+/// The hyperparameters of a [`Transformer`](super::Transformer), with the names Hugging Face gives
+/// them: those that all its models answer to, so `hidden_size` is GPT-2's `n_embd` too.
+///
+/// # Example
+/// ```
+/// use candle_dropout::TransformerConfig;
+///
+/// let config = TransformerConfig {
+///     hidden_size: 64,
+///     num_hidden_layers: 2,
+///     num_attention_heads: 4,
+///     num_key_value_heads: Some(2),
+///     intermediate_size: Some(128),
+///     ..TransformerConfig::llama()
+/// };
+/// assert!(config.with_dropout(0.1).validate().is_ok());
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct TransformerConfig {
+    /// Style of the model.
+    pub architecture: Architecture,
+    /// Number of tokens the model knows.
+    pub vocab_size: usize,
+    /// Longest sequence, in tokens.
+    pub max_position_embeddings: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width inside the MLP; `None`: `4 hidden_size`.
+    pub intermediate_size: Option<usize>,
+    /// Number of blocks.
+    pub num_hidden_layers: usize,
+    /// Number of attention heads.
+    pub num_attention_heads: usize,
+    /// Number of heads of keys and values, each shared by a group of queries (Ainslie et al. 2023,
+    /// arXiv 2305.13245); divides `num_attention_heads`. `None`: as many.
+    pub num_key_value_heads: Option<usize>,
+    /// Width of a head; `None`: `hidden_size / num_attention_heads`.
+    pub head_dim: Option<usize>,
+    /// The function inside the MLP; gated in LLaMA, and only there.
+    pub hidden_act: Activation,
+    /// Added to the variance, or mean square, in every norm.
+    pub norm_eps: f64,
+    /// Base of the rotary frequencies; LLaMA only.
+    pub rope_theta: f64,
+    /// Change of the rotary frequencies for long contexts; LLaMA only.
+    pub rope_scaling: RopeScaling,
+    /// Whether the projections around attention have biases.
+    pub attention_bias: bool,
+    /// Whether the projections of the MLP have biases.
+    pub mlp_bias: bool,
+    /// Whether the output head is the token embedding (Press & Wolf 2017, arXiv 1608.05859).
+    pub tie_word_embeddings: bool,
+    /// Standard deviation of the initial weights. Projections that write to the residual stream
+    /// start smaller, by `1 / sqrt(2 num_hidden_layers)`.
+    pub initializer_range: f64,
+    /// Drop probability of the embedding.
+    pub embd_pdrop: f32,
+    /// Drop probability of attention weights.
+    pub attn_pdrop: f32,
+    /// Drop probability of what a residual branch adds to the stream.
+    pub resid_pdrop: f32,
+    /// Probability that the last block's branches are skipped for a sample; block `l` of `L` uses
+    /// `l / L` of it.
+    pub drop_path_rate: f32,
+    /// Whether to run the fused ops (the default) or the same maths from candle's own ops around
+    /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare
+    /// with.
+    pub fused: bool,
+    /// Whether attention is one fused op, [`attention()`](crate::attention()), whose memory grows with
+    /// the length of the sequence (the default), or materialises its scores around
+    /// [`softmax_dropout`](crate::softmax_dropout()). Both draw the same masks. On CUDA the fused op takes
+    /// heads of at most 256 columns, and halves from compute capability 8.0 on. Without `fused`, no effect.
+    pub flash_attention: bool,
+}
+
+impl TransformerConfig {
+    /// GPT-2 small (124M parameters) with its published dropout of 0.1 everywhere and no stochastic
+    /// depth.
+    pub fn gpt2() -> Self {
+        Self {
+            architecture: Architecture::Gpt2,
+            vocab_size: 50257,
+            max_position_embeddings: 1024,
+            hidden_size: 768,
+            intermediate_size: None,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            num_key_value_heads: None,
+            head_dim: None,
+            hidden_act: Activation::GeluTanh,
+            norm_eps: 1e-5,
+            rope_theta: 10_000.,
+            rope_scaling: RopeScaling::None,
+            attention_bias: true,
+            mlp_bias: true,
+            tie_word_embeddings: true,
+            initializer_range: 0.02,
+            embd_pdrop: 0.1,
+            attn_pdrop: 0.1,
+            resid_pdrop: 0.1,
+            drop_path_rate: 0.0,
+            fused: true,
+            flash_attention: true,
+        }
+    }
+
+    /// LLaMA 3.2 with 1.2B parameters, published without dropout.
+    pub fn llama() -> Self {
+        Self {
+            architecture: Architecture::Llama,
+            vocab_size: 128_256,
+            max_position_embeddings: 131_072,
+            hidden_size: 2048,
+            intermediate_size: Some(8192),
+            num_hidden_layers: 16,
+            num_attention_heads: 32,
+            num_key_value_heads: Some(8),
+            hidden_act: Activation::SwiGlu,
+            rope_theta: 500_000.,
+            rope_scaling: RopeScaling::Llama3 {
+                factor: 32.,
+                low_freq_factor: 1.,
+                high_freq_factor: 4.,
+                original_max_positions: 8192,
+            },
+            attention_bias: false,
+            mlp_bias: false,
+            ..Self::gpt2().with_dropout(0.)
+        }
+    }
+
+    /// The same model with one drop probability at embedding, attention and residual, as `p` is
+    /// usually swept.
+    pub fn with_dropout(self, drop_p: f32) -> Self {
+        Self { embd_pdrop: drop_p, attn_pdrop: drop_p, resid_pdrop: drop_p, ..self }
+    }
+
+    /// Width inside the MLP.
+    pub(super) fn mlp_size(&self) -> usize {
+        self.intermediate_size.unwrap_or(self.hidden_size.saturating_mul(4))
+    }
+
+    /// Heads of keys and values.
+    pub(super) fn kv_heads(&self) -> usize {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    /// Width of a head.
+    pub(super) fn head_size(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
+    }
+
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// A size is 0; the heads do not divide the width, or the heads of keys and values the heads; a
+    /// rotary head has an odd width; `hidden_act` does not suit the architecture; a drop probability
+    /// lies outside 0 to 1; `norm_eps`, `rope_theta` or `initializer_range` is not a positive number.
+    pub fn validate(&self) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.mlp_size()),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.kv_heads()),
+            ("head_dim", self.head_dim.unwrap_or(1)),
+        ];
+        for (name, size) in sizes {
+            if size == 0 {
+                bail!("transformer: {name}: expected at least 1, got 0")
+            }
+        }
+        let (c, heads, kv_heads) = (self.hidden_size, self.num_attention_heads, self.kv_heads());
+        if self.head_dim.is_none() && !c.is_multiple_of(heads) {
+            bail!(
+                "transformer: hidden_size: expected a multiple of num_attention_heads = {heads}, got \
+                 {c}: change one of the two, or set head_dim"
+            )
+        }
+        if !heads.is_multiple_of(kv_heads) {
+            bail!(
+                "transformer: num_key_value_heads: expected a divisor of num_attention_heads = \
+                 {heads}, got {kv_heads}"
+            )
+        }
+        let is_llama = self.architecture == Architecture::Llama;
+        if is_llama && !self.head_size().is_multiple_of(2) {
+            bail!(
+                "transformer: head_dim: expected an even number for rotary positions, got {}",
+                self.head_size()
+            )
+        }
+        if is_llama != self.hidden_act.is_gated() {
+            let (kind, example) = match self.architecture {
+                Architecture::Gpt2 => ("an activation without a gate", Activation::GeluTanh),
+                Architecture::Llama => ("a gated activation", Activation::SwiGlu),
+            };
+            bail!(
+                "transformer: hidden_act: expected {kind} for {:?}, got {:?}: the usual one is \
+                 {example:?}",
+                self.architecture,
+                self.hidden_act
+            )
+        }
+        let rates = [
+            ("embd_pdrop", self.embd_pdrop),
+            ("attn_pdrop", self.attn_pdrop),
+            ("resid_pdrop", self.resid_pdrop),
+            ("drop_path_rate", self.drop_path_rate),
+        ];
+        for (name, rate) in rates {
+            if !(0.0..=1.0).contains(&rate) {
+                bail!("transformer: {name}: expected a probability from 0 to 1, got {rate}")
+            }
+        }
+        for (name, value) in [
+            ("norm_eps", self.norm_eps),
+            ("rope_theta", self.rope_theta),
+            ("initializer_range", self.initializer_range),
+        ] {
+            if !(value.is_finite() && value > 0.0) {
+                bail!("transformer: {name}: expected a positive number, got {value}")
+            }
+        }
+        self.rope_scaling.validate()
+    }
+
+    /// Reads the text of a Hugging Face `config.json` whose `model_type` is `gpt2` or `llama`.
+    ///
+    /// What the file leaves out has the default of Hugging Face's `GPT2Config` or `LlamaConfig`.
+    /// What does not change the model (token ids, caching, versions) is not looked at.
+    ///
+    /// # Errors
+    /// The text is no JSON object, a field has a value of another kind, or asks for something this
+    /// model does not have: another `model_type`, an activation or a kind of `rope_scaling` that is
+    /// unknown here, GPT-2's variants of attention. Each error names the field.
+    ///
+    /// # Example
+    /// ```
+    /// use candle_dropout::TransformerConfig;
+    ///
+    /// # fn main() -> candle_core::Result<()> {
+    /// let json = r#"{ "model_type": "gpt2", "n_embd": 96, "n_head": 6, "resid_pdrop": 0.2 }"#;
+    /// let config = TransformerConfig::from_hf_config(json)?;
+    /// assert_eq!((config.hidden_size, config.resid_pdrop), (96, 0.2));
+    /// assert_eq!(config.vocab_size, 50257);
+    /// # Ok(()) }
+    /// ```
+    pub fn from_hf_config(json: &str) -> Result<Self> {
+        let fields = match serde_json::from_str(json) {
+            Ok(fields) => Fields(fields),
+            Err(error) => bail!("config.json: expected a JSON object: {error}"),
+        };
+        let config = match fields.or("model_type", String::new())?.as_str() {
+            "gpt2" => Self::from_gpt2(&fields)?,
+            "llama" => Self::from_llama(&fields)?,
+            other => return Err(unsupported("model_type", other, "gpt2 or llama")),
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn from_gpt2(fields: &Fields) -> Result<Self> {
+        // Variants of attention that no published GPT-2 uses. `reorder_and_upcast_attn` is not one:
+        // it changes the rounding alone.
+        for (name, usual) in [
+            ("scale_attn_weights", true),
+            ("scale_attn_by_inverse_layer_idx", false),
+            ("add_cross_attention", false),
+        ] {
+            if fields.or(name, usual)? != usual {
+                return Err(unsupported(name, &(!usual).to_string(), &usual.to_string()));
+            }
+        }
+        let hidden_act = fields.or("activation_function", "gelu_new".to_string())?;
+        let hidden_act = match hidden_act.as_str() {
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
+            "gelu" => Activation::GeluErf,
+            "silu" | "swish" => Activation::Silu,
+            "relu" => Activation::Relu,
+            other => {
+                let known = "gelu_new, gelu_pytorch_tanh, gelu_fast, gelu, silu, swish or relu";
+                return Err(unsupported("activation_function", other, known));
+            }
+        };
+        let gpt2 = Self::gpt2();
+        let n_ctx = fields.or("n_ctx", gpt2.max_position_embeddings)?;
+        Ok(Self {
+            vocab_size: fields.or("vocab_size", gpt2.vocab_size)?,
+            max_position_embeddings: fields.or("n_positions", n_ctx)?,
+            hidden_size: fields.or("n_embd", gpt2.hidden_size)?,
+            intermediate_size: fields.get("n_inner")?,
+            num_hidden_layers: fields.or("n_layer", gpt2.num_hidden_layers)?,
+            num_attention_heads: fields.or("n_head", gpt2.num_attention_heads)?,
+            hidden_act,
+            norm_eps: fields.or("layer_norm_epsilon", gpt2.norm_eps)?,
+            tie_word_embeddings: fields.or("tie_word_embeddings", true)?,
+            initializer_range: fields.or("initializer_range", gpt2.initializer_range)?,
+            embd_pdrop: fields.or("embd_pdrop", gpt2.embd_pdrop)?,
+            attn_pdrop: fields.or("attn_pdrop", gpt2.attn_pdrop)?,
+            resid_pdrop: fields.or("resid_pdrop", gpt2.resid_pdrop)?,
+            ..gpt2
+        })
+    }
+
+    fn from_llama(fields: &Fields) -> Result<Self> {
+        let hidden_act = match fields.or("hidden_act", "silu".to_string())?.as_str() {
+            "silu" | "swish" => Activation::SwiGlu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeGlu,
+            other => {
+                let known = "silu, swish, gelu_new, gelu_pytorch_tanh or gelu_fast";
+                return Err(unsupported("hidden_act", other, known));
+            }
+        };
+        let max_position_embeddings = fields.or("max_position_embeddings", 2048)?;
+        // Since version 5, transformers writes theta and scaling together.
+        let (name, rope) = match fields.get::<Map<String, Value>>("rope_parameters")? {
+            Some(rope) => ("rope_parameters", Some(rope)),
+            None => ("rope_scaling", fields.get("rope_scaling")?),
+        };
+        let rope = Fields(rope.unwrap_or_default());
+        let theta = fields.or("rope_theta", 10_000.)?;
+        Ok(Self {
+            vocab_size: fields.or("vocab_size", 32_000)?,
+            max_position_embeddings,
+            hidden_size: fields.or("hidden_size", 4096)?,
+            intermediate_size: Some(fields.or("intermediate_size", 11_008)?),
+            num_hidden_layers: fields.or("num_hidden_layers", 32)?,
+            num_attention_heads: fields.or("num_attention_heads", 32)?,
+            num_key_value_heads: fields.get("num_key_value_heads")?,
+            head_dim: fields.get("head_dim")?,
+            hidden_act,
+            norm_eps: fields.or("rms_norm_eps", 1e-6)?,
+            rope_theta: rope.or("rope_theta", theta)?,
+            rope_scaling: rope_scaling(name, &rope, max_position_embeddings)?,
+            attention_bias: fields.or("attention_bias", false)?,
+            mlp_bias: fields.or("mlp_bias", false)?,
+            tie_word_embeddings: fields.or("tie_word_embeddings", false)?,
+            initializer_range: fields.or("initializer_range", 0.02)?,
+            attn_pdrop: fields.or("attention_dropout", 0.)?,
+            ..Self::llama()
+        })
+    }
+}
+
+/// The scaling that the object `name` of a `config.json` asks for.
+fn rope_scaling(name: &str, rope: &Fields, max_position_embeddings: usize) -> Result<RopeScaling> {
+    let old_name = rope.or("type", "default".to_string())?;
+    let number = |field| match rope.get(field)? {
+        Some(number) => Ok(number),
+        None => bail!("config.json: {name}.{field}: expected a number, got none"),
+    };
+    if rope.or("partial_rotary_factor", 1.)? != 1. {
+        return Err(unsupported(&format!("{name}.partial_rotary_factor"), "another", "1"));
+    }
+    match rope.or("rope_type", old_name)?.as_str() {
+        "default" => Ok(RopeScaling::None),
+        "linear" => Ok(RopeScaling::Linear { factor: number("factor")? }),
+        "llama3" => Ok(RopeScaling::Llama3 {
+            factor: number("factor")?,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+            original_max_positions: rope
+                .or("original_max_position_embeddings", max_position_embeddings)?,
+        }),
+        other => Err(unsupported(&format!("{name}.rope_type"), other, "default, linear or llama3")),
+    }
+}
+
+fn unsupported(field: &str, got: &str, known: &str) -> candle_core::Error {
+    candle_core::Error::Msg(format!(
+        "config.json: {field}: expected {known}, got {got:?}: this model has no other"
+    ))
+    .bt()
+}
+
+/// A JSON object, read field by field so that an error can name the field.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// The value of a field; `None` if it is absent or null.
+    fn get<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        let value = self.0.get(name).cloned().unwrap_or(Value::Null);
+        match serde_json::from_value(value) {
+            Ok(value) => Ok(value),
+            Err(error) => bail!("config.json: {name}: {error}: correct the file"),
+        }
+    }
+
+    fn or<T: DeserializeOwned>(&self, name: &str, default: T) -> Result<T> {
+        Ok(self.get(name)?.unwrap_or(default))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(json: &str) -> String {
+        TransformerConfig::from_hf_config(json).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn published_configurations_are_read() -> Result<()> {
+        // openai-community/gpt2, its fields that are no token ids.
+        let gpt2 = r#"{
+            "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"],
+            "attn_pdrop": 0.1, "embd_pdrop": 0.1, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768,
+            "n_head": 12, "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1,
+            "summary_type": "cls_index", "vocab_size": 50257
+        }"#;
+        assert_eq!(TransformerConfig::from_hf_config(gpt2)?, TransformerConfig::gpt2());
+        // meta-llama/Llama-3.2-1B.
+        let llama = r#"{
+            "attention_bias": false, "attention_dropout": 0.0, "head_dim": 64,
+            "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+            "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": false,
+            "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+            "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+            "rope_scaling": { "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3" },
+            "rope_theta": 500000.0, "tie_word_embeddings": true, "vocab_size": 128256
+        }"#;
+        let expected = TransformerConfig { head_dim: Some(64), ..TransformerConfig::llama() };
+        assert_eq!(TransformerConfig::from_hf_config(llama)?, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn absent_fields_have_the_defaults_of_hugging_face() -> Result<()> {
+        let gpt2 = TransformerConfig::from_hf_config(r#"{ "model_type": "gpt2", "n_ctx": 64 }"#)?;
+        let expected =
+            TransformerConfig { max_position_embeddings: 64, ..TransformerConfig::gpt2() };
+        assert_eq!(gpt2, expected);
+        let json = r#"{ "model_type": "llama", "num_key_value_heads": null, "rope_scaling":
+            { "type": "linear", "factor": 2 }, "attention_dropout": 0.25 }"#;
+        let llama = TransformerConfig::from_hf_config(json)?;
+        assert_eq!((llama.hidden_size, llama.kv_heads(), llama.head_size()), (4096, 32, 128));
+        assert_eq!(llama.intermediate_size, Some(11_008));
+        assert_eq!((llama.norm_eps, llama.rope_theta), (1e-6, 1e4));
+        assert_eq!(llama.rope_scaling, RopeScaling::Linear { factor: 2. });
+        assert!(!llama.tie_word_embeddings);
+        let rates = (llama.embd_pdrop, llama.attn_pdrop, llama.resid_pdrop);
+        assert_eq!(rates, (0., 0.25, 0.));
+        Ok(())
+    }
+
+    #[test]
+    fn what_the_model_does_not_have_is_refused_by_name() {
+        for (json, expected) in [
+            ("[]", "config.json: expected a JSON object: "),
+            ("{}", "config.json: model_type: expected gpt2 or llama, got \"\""),
+            (r#"{"model_type": "bert"}"#, "model_type: expected gpt2 or llama, got \"bert\""),
+            (
+                r#"{"model_type": "gpt2", "n_embd": "wide"}"#,
+                "config.json: n_embd: invalid type: string \"wide\", expected usize",
+            ),
+            (r#"{"model_type": "gpt2", "n_layer": -1}"#, "config.json: n_layer: invalid value:"),
+            (
+                r#"{"model_type": "gpt2", "activation_function": "mish"}"#,
+                "activation_function: expected gelu_new, ",
+            ),
+            (
+                r#"{"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": true}"#,
+                "scale_attn_by_inverse_layer_idx: expected false, got \"true\"",
+            ),
+            (
+                r#"{"model_type": "gpt2", "n_head": 7}"#,
+                "hidden_size: expected a multiple of num_attention_heads = 7, got 768",
+            ),
+            (r#"{"model_type": "llama", "hidden_act": "gelu"}"#, "hidden_act: expected silu, "),
+            (
+                r#"{"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4}}"#,
+                "rope_scaling.rope_type: expected default, linear or llama3, got \"yarn\"",
+            ),
+            (
+                r#"{"model_type": "llama", "rope_parameters": {"rope_type": "linear"}}"#,
+                "rope_parameters.factor: expected a number, got none",
+            ),
+            (
+                r#"{"model_type": "llama", "attention_dropout": 1.5}"#,
+                "attn_pdrop: expected a probability from 0 to 1, got 1.5",
+            ),
+            (
+                r#"{"model_type": "llama", "num_key_value_heads": 5}"#,
+                "num_key_value_heads: expected a divisor of num_attention_heads = 32, got 5",
+            ),
+        ] {
+            assert!(error(json).contains(expected), "{}", error(json));
+        }
+    }
+}
