@@ -347,6 +347,8 @@ __device__ __forceinline__ void attention_bwd_dq(const float* __restrict__ q, co
                         rows_are_aligned(v, layout.v) && rows_are_aligned(dout, grads.o) && rows_are_aligned(dq, grads.q);
     const Logits logits(args, alibi_slopes, h);
 
+    const float* const lse_head = lse + uint64_t(head) * args.queries;
+    const float* const delta_head = delta + uint64_t(head) * args.queries;
     float acc[CHUNKS][R][8];
     clear(acc);
     for (uint32_t first_key = begin / TILE_ROWS * TILE_ROWS; first_key < end; first_key += TILE_ROWS) {
@@ -363,8 +365,9 @@ __device__ __forceinline__ void attention_bwd_dq(const float* __restrict__ q, co
         for (int r = 0; r < R; ++r) {
             const uint32_t i = first_query + place.row + 4 * r;
             const Query query(args, drop, length, head, i);
-            const uint64_t at = uint64_t(head) * args.queries + min(i, last_query);
-            backpropagate<DROPS>(s[r], dp[r], query, first_key + 8 * place.eighth, lse[at], delta[at], logits, drop);
+            const uint32_t at = min(i, last_query);
+            backpropagate<DROPS>(s[r], dp[r], query, first_key + 8 * place.eighth, lse_head[at], delta_head[at],
+                                 logits, drop);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 query_tile[(place.row + 4 * r) * TILE_STRIDE + 8 * j + place.eighth] = dp[r][j];
@@ -385,15 +388,12 @@ __device__ __forceinline__ void attention_bwd_dq(const float* __restrict__ q, co
     const float scale = float(args.scale);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        const Query query(args, drop, length, head, first_query + place.row + 4 * r);
         const uint32_t i = first_query + place.row + 4 * r;
         if (i >= args.queries) continue;  // tail
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
 #pragma unroll
-            for (int c = 0; c < 8; ++c) {
-                acc[chunk][r][c] = query.begin < query.end ? acc[chunk][r][c] * scale : 0.f;
-            }
+            for (int c = 0; c < 8; ++c) acc[chunk][r][c] *= scale;
             store_row(dq_head + i * grads.q.row, chunk * TILE_ROWS, place.eighth, head_size, vector, acc[chunk][r]);
         }
     }

@@ -13,6 +13,8 @@
 # A mutant that passes every test is a survivor; the script lists them and fails. Then either a case is
 # missing, or the line does not matter and can go. Only the tests of the affected ops run. A marker
 # cannot stand in a macro, where a comment would swallow the next line; macros hold no logic anyway.
+#
+# MUTANTS=40 tries that many only, another choice for every commit and the same for one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || set -- kernels/*.cuh kernels/*.cu
@@ -119,13 +121,25 @@ kernels/attention_f32.cu|delta lost|s/p \* \(dy - delta\)/p * dy/
 kernels/attention_f32.cu|dq, lse past its end|s/min\(i, last_query\)/i/
 kernels/attention_f32.cu|dk, lse past its end|s/min\(i, args\.queries - 1\)/i/
 kernels/attention_f32.cu|first head of a group|s/h < \(kv_head \+ 1\) \* group/h < kv_head * group + 1/
-kernels/attention_f32.cu|dq of hidden queries|s/query\.begin < query\.end \? acc/true ? acc/
 kernels/attention_f32.cu|dv without its scale|s/dv_scale = DROPS \? drop\.scale : 1\.f/dv_scale = 1.f/
 kernels/dropout_add_norm.cu|drops by product|s/rounded<T>\(keeps\(mask, draws\[j\]\) \? kept : s\[j\]\)/rounded<T>(s[j] + v[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f))/
 kernels/dropout_add_norm.cu|statistics unrounded|s/v\[j\] = rounded<T>\(/v[j] = (/
 kernels/activation_dropout.cu|drops by product|s/keeps\(mask, draws\[j\]\) \? a \* mask\.scale : 0\.f/a * (keeps(mask, draws[j]) ? mask.scale : 0.f)/
 kernels/activation_dropout.cu|slope of what drops|s/da == 0\.f \? 0\.f : da \* slope/da * slope/
 kernels/activation_dropout.cu|dy drops by product|s/keeps\(mask, draws\[j\]\) \? da\[j\] \* mask\.scale : 0\.f/da[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f)/
+kernels/attention_tiles.cuh|threshold kept|s/draws << 16 : draws\) < /draws << 16 : draws) <= /
+kernels/attention_tiles.cuh|halves borrow|s/\(draws \| HIGHEST\) - /draws - /
+kernels/attention_tiles.cuh|highest bits ignored|s/\(~draws & threshold\) \| //
+kernels/attention_tiles.cuh|shift lost|s/uint32_t\(key \+ shift\)/uint32_t(key)/
+kernels/attention_tiles.cuh|mask row of head lost|s/first_row \+ query/query/
+kernels/attention_tiles.cuh|rows that see nothing|s/if \(statistics\.lse != INFINITY\) //
+kernels/attention_tiles.cuh|drops by product|s/\(keep \? kept_dp : -statistics\.delta\)/((keep ? 1.f : 0.f) * kept_dp - statistics.delta)/
+kernels/attention_tiles.cuh|negative scale is plain|s/ && factor > 0\.f//
+kernels/attention.cu|sums not scaled down|s/sums\[m\]\[h\] \*= shrink;//
+kernels/attention.cu|no stand-in for -inf|s/reference\[m\]\[h\] == -INFINITY \? 0\.f : reference/reference/
+kernels/attention.cu|heads of keys|s/head \/ \(args\.heads \/ args\.kv_heads\)/head % args.kv_heads/
+kernels/attention.cu|queries that see nothing|s/const int seeing_begin = args\.seeing_begin\(0\)/const int seeing_begin = 0/
+kernels/attention.cu|keys that none sees|s/const int seen_begin = args\.visible_begin\(0\)/const int seen_begin = 0/
 '
   local file fault edit line
   while IFS='|' read -r file fault edit; do
@@ -175,6 +189,11 @@ export -f try_mutant ops_of
 
 for file in "$@"; do list_mutants "$file"; list_edits "$file"; done >"$work/mutants"
 echo "$(wc -l <"$work/mutants") mutants" >&2
+if [ -n "${MUTANTS:-}" ]; then
+  shuf -n "$MUTANTS" --random-source=<(yes "$(git rev-parse HEAD)") "$work/mutants" >"$work/choice"
+  mv "$work/choice" "$work/mutants"
+  echo "of which $(wc -l <"$work/mutants") are tried" >&2
+fi
 xargs -d '\n' -P "$(nproc)" -I{} bash -c 'try_mutant "$1"' _ {} <"$work/mutants" | tee "$work/verdicts"
 
 if grep -v '^caught' "$work/verdicts" >"$work/failures"; then

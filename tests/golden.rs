@@ -98,10 +98,13 @@ fn a_frozen_checkpoint_computes_the_same() -> Result<()> {
             let model = Transformer::from_pretrained(folder(checkpoint), dtype, &Device::Cpu)?;
             let logits = model.forward(&expected["ids"], false)?;
             assert_eq!(logits.dtype(), dtype);
-            let error = self::error(&logits, &expected["logits"])?;
-            // A few roundings: 2^-11 and 2^-8 each.
-            let tolerance = if dtype == DType::F16 { 5e-3 } else { 4e-2 };
-            assert!(error < tolerance, "{checkpoint} in {dtype:?}: off by {error:e}");
+            // In norm, for the largest of many errors is a matter of luck: 1.8 to 4.7 roundings of 2^-11 or
+            // 2^-8 each, with flash attention as with materialised scores.
+            let norm = |x: Tensor| x.sqr()?.sum_all()?.to_scalar::<f32>().map(f32::sqrt);
+            let difference = (logits.to_dtype(DType::F32)? - &expected["logits"])?;
+            let relative = norm(difference)? / norm(expected["logits"].clone())?;
+            let unit = if dtype == DType::F16 { 2f32.powi(-11) } else { 2f32.powi(-8) };
+            assert!(relative < 6. * unit, "{checkpoint} in {dtype:?}: off by {relative:e} in norm");
         }
     }
     Ok(())

@@ -86,7 +86,12 @@ fn transposed_weights_and_strided_inputs_need_no_copy_by_the_caller() -> Result<
     };
     let chain =
         |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>| chain(&x.contiguous()?, weight, bias);
-    assert_agrees(&run(&linear)?, &run(&chain)?, 12, "strided")
+    assert_agrees(&run(&linear)?, &run(&chain)?, 12, "strided")?;
+
+    let columns = random(&[6, 9], DType::F64, 4)?.narrow(1, 2, 5)?;
+    let x = random(&[2, 6], DType::F64, 5)?;
+    let y = linear(&x, &columns, None)?;
+    assert_agrees(&[y], &[x.matmul(&columns.contiguous()?)?], 6, "columns of a matrix")
 }
 
 #[test]
@@ -103,11 +108,15 @@ fn only_what_is_tracked_gets_a_gradient_and_twice_if_asked() -> Result<()> {
 }
 
 #[test]
-fn no_rows_give_no_rows() -> Result<()> {
+fn nothing_is_multiplied_by_nothing() -> Result<()> {
     let x = Tensor::zeros((0, 4), DType::F32, &Device::Cpu)?;
     let weight = random(&[4, 2], DType::F32, 2)?;
     let bias = random(&[2], DType::F32, 3)?;
     assert_eq!(linear(&x, &weight, Some(&bias))?.dims(), [0, 2]);
+    // And no columns give the bias alone.
+    let (x, weight) = (x.reshape((4, 0))?, Tensor::zeros((0, 2), DType::F32, &Device::Cpu)?);
+    let y = linear(&x, &weight, Some(&bias))?;
+    assert_eq!(y.to_vec2::<f32>()?, vec![bias.to_vec1::<f32>()?; 4]);
     Ok(())
 }
 

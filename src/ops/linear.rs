@@ -77,11 +77,20 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             )
         }
     }
-    let op = Linear { size: (1, leading.iter().product(), outputs, cols), shape };
+    let rows = leading.iter().product();
+    if rows == 0 || outputs == 0 || cols == 0 {
+        // No product to speak of: candle's own ops know what to do without elements.
+        let y = x.reshape((rows, cols))?.matmul(weight)?.reshape(shape)?;
+        return bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias));
+    }
+    let op = Linear { size: (1, rows, outputs, cols), shape };
     let x = x.contiguous()?;
+    // A matrix or its transpose, as it lies in memory; what is neither, cuBLAS does not read.
+    let is_plain = weight.is_contiguous() || weight.t()?.is_contiguous();
+    let weight = if is_plain { weight.clone() } else { weight.contiguous()? };
     match bias {
-        None => x.apply_op2(weight, op),
-        Some(bias) => x.apply_op3(weight, &bias.contiguous()?, op),
+        None => x.apply_op2(&weight, op),
+        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op),
     }
 }
 

@@ -39,6 +39,8 @@ pub enum Order {
     Packed,
     /// As many elements between rows as there are in one, full of NaN.
     Spread,
+    /// One element between rows, so that few of them begin at 16-byte boundaries.
+    Odd,
 }
 
 /// An attention over part of a mask, and where its tensors lie.
@@ -165,6 +167,7 @@ impl Form {
                 strides([rows * all * d, d, all * d])
             }
             Order::Spread => strides([heads * rows * 2 * d, rows * 2 * d, 2 * d]),
+            Order::Odd => strides([heads * rows * (d + 1), rows * (d + 1), d + 1]),
         };
         let (q, k) = (of(heads, queries), of(kv_heads, keys));
         let packed = order == Order::Packed;
@@ -608,7 +611,7 @@ pub fn features() -> Vec<Form> {
 /// Every order in memory, aligned and not, vectors and not.
 pub fn layouts() -> Vec<Form> {
     let mut forms = Vec::new();
-    for order in [Order::HeadsFirst, Order::Projection, Order::Packed, Order::Spread] {
+    for order in [Order::HeadsFirst, Order::Projection, Order::Packed, Order::Spread, Order::Odd] {
         for (head_size, offset) in [(32, 0), (32, 1), (9, 0), (14, 2), (40, 8)] {
             let form = Form::with_heads([2, 4, 2], [21, 21, head_size], 0.2);
             forms.push(Form { order, offset, ..form.causal() });
