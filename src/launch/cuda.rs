@@ -143,6 +143,8 @@ pub(crate) fn load_with_shared_memory(
 ) -> Result<CudaFunction> {
     /// What every kernel may use without asking.
     const DEFAULT_BYTES: u32 = 48 << 10;
+    // The attribute below is set in the context of the thread, which need not have one yet.
+    device.cuda_stream().context().bind_to_thread().w()?;
     let (module, ptx) = (format!("{module}::{name}"), alone(op, ptx, name)?);
     let kernel = device.get_or_load_custom_func(name, &module, &ptx)?.into_cuda_function();
     if launch.shared_bytes > DEFAULT_BYTES {
