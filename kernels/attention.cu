@@ -1,4 +1,27 @@
-// attention, f16 and bf16 on tensor cores: softmax(q k^T) v with dropout, never in memory as a whole.
+// attention, f16 and bf16 on tensor cores: softmax(q k^T) v with dropout, never in memory as a whole. Twin of
+// src/ops/attention/cpu.rs. After Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
+//
+//     s = scale * q·k      s = softcap * tanh(s / softcap)      t = s - slope * |i + Sk - Sq - j|
+//     P = softmax(t) over the visible keys        y = keep ? P * drop.scale : 0
+//     forward   o = y v,  lse = ln sum exp(t)
+//     backward  delta = sum of o do over D        dP = keep ? drop.scale * do·v : 0
+//               dt = P (dP - delta)               ds = dt * (1 - (s / softcap)^2)
+//               dq = scale * ds k                 dk = scale * ds^T q        dv = y^T do
+//
+// q, o, do, dq [B, H, Sq, D]; k, v, dk, dv [B, Hkv, Sk, D], strided but for D; lse, delta [B, H, Sq], f32,
+// contiguous. D is that of the instance or less. Query head h reads key and value head h / (H / Hkv).
+// Products of halves are summed in f32; P, y and ds pass through the dtype on their way into a product. A query
+// that sees no key gives zeros and lse = inf. Of a key that no query of a tile sees, nothing is read, so neither
+// NaN nor inf; where only some see it, the others get 0 * v, as in the product of materialised probabilities.
+// FLOPs: 4 Sq Sk D a head forward, 8 for dk and dv, 6 for dq, of tiles with a visible key only. Bytes are few:
+// a tile of keys and values serves all queries of its block, and lies in L2.
+//
+// A block of 4 warps takes a tile of queries (dk and dv: of keys, for all heads that share them, so that sums need
+// no atomics and results repeat bit for bit) and walks over the other side in tiles that cp.async loads while
+// the one before is worked on. blockIdx.x = (batch * heads + head) * tiles + tile. Dropout costs no memory and no
+// barrier: attention_tiles.cuh says how draws meet their scores. p = 0 has kernels of its own, without draws.
+// 16-byte copies where D, all strides and all tensors are multiples of 16 bytes; else tiles are filled element by
+// element, and everything else stays as it is.
 #include "attention_tiles.cuh"
 
 namespace {
@@ -14,7 +37,7 @@ struct ForwardShape {
     static constexpr int M = D <= 128 ? 2 : 1;
     static constexpr int QUERIES = 16 * M * WARPS;
     static constexpr int KEYS = D <= 64 ? 64 : 32;
-    static constexpr bool KEPT = D <= 64;
+    static constexpr bool KEPT = D <= 32;
 };
 
 // Logits grow this much, in base 2, before sums are scaled down to the new maximum. Until then exponentials
@@ -39,10 +62,10 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
     const uint32_t query = first_query + warp_row + g;  // the lane's first
 
     const uint32_t length = args.length(key_lengths, batch);
-    const uint32_t begin = args.visible_begin(first_query), end = args.visible_end(last_query, length);
-    const uint32_t all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
+    const int begin = args.visible_begin(first_query), end = args.visible_end(last_query, length);
+    const int all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
 
-    const uint32_t head_size = args.head_size;
+    const int head_size = args.head_size;
     const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
                            has_vectors(v, layout.v) && has_vectors(o, layout.o);
     const HeadRows q_rows = head_rows(q, layout.q, batch, head, 0, args.queries);
@@ -53,7 +76,9 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
     const auto k_tile = [&](int stage) { return shared + (QUERIES + stage * 2 * KEYS) * D; };
     const auto v_tile = [&](int stage) { return shared + (QUERIES + stage * 2 * KEYS + KEYS) * D; };
 
-    uint32_t key = begin / 32 * 32;
+    const int shift = DROP ? HeadMask::shift_of(drop) : 0;
+    const int first_key = (begin + shift) / 32 * 32 - shift;
+    int key = first_key;
     if (key < end) {
         load_rows<D, QUERIES, THREADS>(q_tile, q_rows, first_query, head_size, is_vector);
         load_rows<D, KEYS, THREADS>(k_tile(0), k_rows, key, head_size, is_vector);
@@ -61,9 +86,9 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
         cp_async_commit();
     }
 
-    const Scores scores(args, alibi_slopes, head);
+    const Scores scores(args, alibi_slopes);
     const HeadMask mask(drop, args, batch, head);
-    Fragments<D, M, Shape::KEPT> queries(q_tile, warp_row);
+    Fragments<D, M, Shape::KEPT> queries(q_tile, lane_id(), warp_row);
     float o_sums[M][D / 8][4] = {};
     float sums[M][2] = {};  // the lane's part
     // What exponentials are relative to: the largest logit so far, or one at most MARGIN below it.
@@ -79,12 +104,12 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
             load_rows<D, KEYS, THREADS>(v_tile(stage ^ 1), v_rows, key + KEYS, head_size, is_vector);
             cp_async_commit();
         }
-        if (key == begin / 32 * 32) queries.load();
+        if (key == first_key) queries.load();
 
         float s[M][N][4] = {};
         multiply_keys<T>(s, queries, k_tile(stage));
-        if (!scores.is_plain) make_logits<T>(s, scores, args, query, key);
-        if (key < all_begin || key + KEYS > all_end) hide(s, args, query, key, length);
+        if (!scores.is_plain) make_logits<T>(s, scores.logits(head), args, opaque(query), key);
+        if (key < all_begin || key + KEYS > all_end) hide(s, args, opaque(query), key, length);
 
         bool grew = false;
         float largest[M][2];
@@ -130,7 +155,7 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
 #pragma unroll
                 for (int n = 0; n < N; n += 4) {
                     Draws draws;
-                    if (DROP) draws = mask.draw_keys(query + 16 * m + 8 * h, key + key_of(n));
+                    if (DROP) draws = mask.draw_keys(opaque(query + 16 * m + 8 * h), key + key_of(n));
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float low = exp2_approx(fmaf(s[m][n + i][2 * h], scores.factor, -base));
@@ -198,14 +223,14 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
     const uint32_t query = first_query + warp_row + g;
 
     const uint32_t length = args.length(key_lengths, batch);
-    const uint32_t begin = args.visible_begin(first_query), end = args.visible_end(last_query, length);
-    const uint32_t all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
+    const int begin = args.visible_begin(first_query), end = args.visible_end(last_query, length);
+    const int all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
 
-    const uint32_t head_size = args.head_size;
+    const int head_size = args.head_size;
     const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
                            has_vectors(v, layout.v) && has_vectors(dout, grads.o) && has_vectors(dq, grads.q);
     // Queries that see nothing count as zeros.
-    const uint32_t seeing_begin = args.seeing_begin(0), seeing_end = length == 0 ? 0 : args.seeing_end(length - 1);
+    const int seeing_begin = args.seeing_begin(0), seeing_end = length == 0 ? 0 : args.seeing_end(length - 1);
     const HeadRows q_rows = head_rows(q, layout.q, batch, head, seeing_begin, seeing_end);
     const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, seeing_begin, seeing_end);
     const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
@@ -214,8 +239,11 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
     Bits* const dout_tile = shared + QUERIES * D;
     const auto k_tile = [&](int stage) { return shared + (2 * QUERIES + stage * 2 * KEYS) * D; };
     const auto v_tile = [&](int stage) { return shared + (2 * QUERIES + stage * 2 * KEYS + KEYS) * D; };
+    RowStatistics* const rows = reinterpret_cast<RowStatistics*>(k_tile(Shape::STAGES));
 
-    uint32_t key = begin / 32 * 32;
+    const int shift = DROP ? HeadMask::shift_of(drop) : 0;
+    const int first_key = (begin + shift) / 32 * 32 - shift;
+    int key = first_key;
     if (key < end) {
         load_rows<D, QUERIES, THREADS>(q_tile, q_rows, first_query, head_size, is_vector);
         load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size, is_vector);
@@ -224,11 +252,14 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
         cp_async_commit();
     }
 
-    const Scores scores(args, alibi_slopes, head);
+    const Scores scores(args, alibi_slopes);
     const HeadMask mask(drop, args, batch, head);
-    Fragments<D, M, false> queries(q_tile, warp_row), douts(dout_tile, warp_row);
-    RowStatistics<M> rows;
-    rows.load(lse, delta, (uint64_t(batch) * args.heads + head) * args.queries, query, args.queries);
+    Fragments<D, M, false> queries(q_tile, opaque(lane_id()), warp_row), douts(dout_tile, opaque(lane_id()), warp_row);
+    if (threadIdx.x < QUERIES) {
+        const uint32_t row = first_query + threadIdx.x;
+        const uint64_t first_row = (uint64_t(batch) * args.heads + head) * args.queries;
+        rows[threadIdx.x] = row_statistics(lse, delta, first_row + row, row < args.queries);
+    }
     float dq_sums[M][D / 8][4] = {};
 
     for (int stage = 0; key < end; key += KEYS) {
@@ -242,15 +273,23 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
 
         float s[M][N][4] = {}, dp[M][N][4] = {};
         multiply_keys<T>(s, queries, k_tile(stage));
-        if (!scores.is_plain) make_logits<T>(s, scores, args, query, key);
-        if (key < all_begin || key + KEYS > all_end) hide(s, args, query, key, length);
+        if (!scores.is_plain) make_logits<T>(s, scores.logits(head), args, opaque(query), key);
+        if (key < all_begin || key + KEYS > all_end) hide(s, args, opaque(query), key, length);
         multiply_keys<T>(dp, douts, v_tile(stage));
 
-        uint32_t kept[M][N][2], ds[M][N][2];
-        if (scores.logits.softcap == 0.f) {
-            differentiate<DROP, false, T>(s, dp, scores, mask, args, rows, query, key, 0, kept, ds);
-        } else {
-            differentiate<DROP, true, T>(s, dp, scores, mask, args, rows, query, key, 0, kept, ds);
+        uint32_t ds[M][N][2];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            uint32_t kept[N][2];
+            const RowStatistics* statistics = rows + warp_row + 16 * m + g;
+            const uint32_t row = query + 16 * m;
+            if (!scores.is_capped()) {
+                differentiate<DROP, false, T>(s[m], dp[m], scores.factor, Logits(args, nullptr, 0), mask, args,
+                                              statistics, row, key, 0, kept, ds[m]);
+            } else {
+                differentiate<DROP, true, T>(s[m], dp[m], scores.factor, scores.logits(head), mask, args, statistics,
+                                             row, key, 0, kept, ds[m]);
+            }
         }
         multiply_values<D, T>(dq_sums, ds, k_tile(stage));
 
@@ -282,6 +321,8 @@ struct KeyGradientShape {
     static constexpr int KEYS = D <= 128 ? 64 : 32;
     static constexpr int QUERIES = D <= 128 ? 64 : 32;
     static constexpr int COLS = D / (WARPS / (KEYS / 32));
+    // Of the scores of a warp, 16 PART queries are differentiated at a time, as registers allow.
+    static constexpr int PART = D == 128 ? 1 : QUERIES / 32;
 };
 
 template <int D, bool DROP, typename T>
@@ -292,27 +333,25 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
                                                    const MaskArgs& drop, Bits* shared) {
     using Shape = KeyGradientShape<D>;
     constexpr int KEYS = Shape::KEYS, QUERIES = Shape::QUERIES, COLS = Shape::COLS;
-    constexpr int M = QUERIES / 32, N = KEYS / 16;
-    const int warp = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
+    constexpr int M = QUERIES / 32, N = KEYS / 16, PART = Shape::PART;
+    const int warp = threadIdx.x / 32, g = lane_id() / 4;
     // Of the scores: queries warp_row .., of the block of keys from warp_key on the column tiles first ..
     const int warp_row = warp / 2 * (QUERIES / 2), warp_key = KEYS == 64 ? warp % 2 * 32 : 0;
     const int first = KEYS == 64 ? 0 : warp % 2 * 2;
-    // Of the gradients: 32 keys from grad_key on, COLS columns from grad_col on.
-    const int grad_key = KEYS == 64 ? warp / 2 * 32 : 0, grad_col = (KEYS == 64 ? warp % 2 : warp) * COLS;
 
-    const uint32_t tiles = (args.keys + KEYS - 1) / KEYS;
-    const uint32_t first_key = blockIdx.x % tiles * KEYS;
+    // One tile more where the mask might begin within a Philox call, so that its size depends on the shape alone.
+    const uint32_t tiles = (args.keys + WIDTH - 1 + KEYS - 1) / KEYS;
+    const int first_key = int(blockIdx.x % tiles * KEYS) - (DROP ? HeadMask::shift_of(drop) : 0);
     const uint32_t kv_head = blockIdx.x / tiles % args.kv_heads, batch = blockIdx.x / tiles / args.kv_heads;
     const uint32_t group = args.heads / args.kv_heads;
 
     // The queries that see a key of the tile, in steps of QUERIES, for each head of the group.
-    const uint32_t length = args.length(key_lengths, batch);
-    const uint32_t last_key = min(first_key + KEYS, length) - 1;
-    const bool is_seen = first_key < length;
-    const uint32_t begin = args.seeing_begin(first_key), end = is_seen ? args.seeing_end(last_key) : 0;
-    const uint32_t steps = begin < end ? (end - begin + QUERIES - 1) / QUERIES : 0;
+    const int length = args.length(key_lengths, batch);
+    const int last_key = min(first_key + KEYS, length) - 1;
+    const uint32_t begin = args.seeing_begin(max(first_key, 0));
+    const uint32_t end = last_key < max(first_key, 0) ? 0 : args.seeing_end(last_key);
 
-    const uint32_t head_size = args.head_size;
+    const int head_size = args.head_size;
     const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
                            has_vectors(v, layout.v) && has_vectors(dout, grads.o) && has_vectors(dk, grads.k) &&
                            has_vectors(dv, grads.v);
@@ -322,11 +361,13 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     Bits* const q_tiles = dout_tile + QUERIES * D;  // two
     Bits* const kept_tile = q_tiles + 2 * QUERIES * D;
     Bits* const ds_tile = kept_tile + QUERIES * KEYS;
+    RowStatistics* const rows = reinterpret_cast<RowStatistics*>(ds_tile + QUERIES * KEYS);
 
     uint32_t head = kv_head * group, first_query = begin;
-    if (steps > 0) {
+    const uint32_t end_head = begin < end ? head + group : head;
+    if (head < end_head) {
         // Keys that no query sees count as zeros.
-        const uint32_t seen_begin = args.visible_begin(0), seen_end = args.visible_end(args.queries - 1, length);
+        const int seen_begin = args.visible_begin(0), seen_end = args.visible_end(args.queries - 1, length);
         const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, seen_begin, seen_end);
         const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, seen_begin, seen_end);
         const HeadRows q_rows = head_rows(q, layout.q, batch, head, begin, end);
@@ -336,74 +377,99 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
         cp_async_commit();
     }
 
-    Scores scores(args, alibi_slopes, head);
+    // Of the gradients: 32 keys from x on, COLS columns from y on.
+    const auto part_of_gradients = [](int warp) {
+        return KEYS == 64 ? make_int2(warp / 2 * 32, warp % 2 * COLS) : make_int2(0, warp * COLS);
+    };
+    const auto advance = [&](uint32_t& head, uint32_t& first_query) {
+        first_query += QUERIES;
+        if (first_query >= end) ++head, first_query = begin;
+    };
+    const Scores scores(args, alibi_slopes);
     float dk_sums[2][COLS / 8][4] = {}, dv_sums[2][COLS / 8][4] = {};
-    for (uint32_t step = 0; step < steps * group; ++step) {
-        Bits* const q_tile = q_tiles + step % 2 * (QUERIES * D);
-        uint32_t next_head = head, next_query = first_query + QUERIES;
-        if (next_query >= end) ++next_head, next_query = begin;
-
+    for (int stage = 0; head < end_head; stage ^= 1) {
+        Bits* const q_tile = q_tiles + stage * (QUERIES * D);
         cp_async_wait<0>();
         __syncthreads();
         const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, begin, end);
         load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size, is_vector);
         cp_async_commit();
-        if (step + 1 < steps * group) {
+        uint32_t next_head = head, next_query = opaque(first_query);
+        advance(next_head, next_query);
+        if (next_head < end_head) {
             const HeadRows q_rows = head_rows(q, layout.q, batch, next_head, begin, end);
-            load_rows<D, QUERIES, THREADS>(q_tiles + (step + 1) % 2 * (QUERIES * D), q_rows, next_query, head_size, is_vector);
+            load_rows<D, QUERIES, THREADS>(q_tiles + (stage ^ 1) * (QUERIES * D), q_rows, next_query, head_size,
+                                           is_vector);
         }
         cp_async_commit();
 
-        const uint32_t query = first_query + warp_row + g, key = first_key + warp_key;
-        if (alibi_slopes) scores.logits.slope = alibi_slopes[head] * LOG2_E;
-        RowStatistics<M> rows;
-        rows.load(lse, delta, (uint64_t(batch) * args.heads + head) * args.queries, query, end);
-
-        float s[M][N][4] = {}, dp[M][N][4] = {};
-        Fragments<D, M, false> queries(q_tile, warp_row), douts(dout_tile, warp_row);
-        multiply_keys<T>(s, queries, k_tile + warp_key * D, first);
-        if (!scores.is_plain) make_logits<T>(s, scores, args, query, key + 2 * first);
-        const uint32_t last_query = min(first_query + QUERIES, end) - 1;
-        if (first_key < args.visible_begin(last_query) ||
-            first_key + KEYS > args.visible_end(first_query, length)) {
-            hide(s, args, query, key + 2 * first, length);
+        const uint32_t query = first_query + warp_row + g;
+        const int key = first_key + warp_key;
+        RowStatistics statistics;
+        if (threadIdx.x < QUERIES) {
+            const uint32_t row = first_query + threadIdx.x;
+            const uint64_t first_row = (uint64_t(batch) * args.heads + head) * args.queries;
+            statistics = row_statistics(lse, delta, first_row + row, row < end);
         }
 
+        float s[M][N][4] = {};
+        Fragments<D, M, false> queries(q_tile, lane_id(), warp_row);
+        multiply_keys<T>(s, queries, k_tile + warp_key * D, first);
+        if (!scores.is_plain) make_logits<T>(s, scores.logits(head), args, opaque(query), key + 2 * first);
+        const uint32_t last_query = min(first_query + QUERIES, end) - 1;
+        if (first_key < int(args.visible_begin(last_query)) ||
+            first_key + KEYS > int(args.visible_end(first_query, length))) {
+            hide(s, args, opaque(query), key + 2 * first, length);
+        }
+
+        if (threadIdx.x < QUERIES) rows[threadIdx.x] = statistics;
         cp_async_wait<1>();
         __syncthreads();
-        multiply_keys<T>(dp, douts, v_tile + warp_key * D, first);
         const HeadMask mask(drop, args, batch, head);
-        uint32_t kept[M][N][2], ds[M][N][2];
-        if (scores.logits.softcap == 0.f) {
-            differentiate<DROP, false, T>(s, dp, scores, mask, args, rows, query, key, first, kept, ds);
-        } else {
-            differentiate<DROP, true, T>(s, dp, scores, mask, args, rows, query, key, first, kept, ds);
-        }
-        // The lane's keys follow one another: 8 of them, or 4.
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
+        for (int part = 0; part < M; part += PART) {
+            float dp[PART][N][4] = {};
+            Fragments<D, PART, false> douts(dout_tile, lane_id(), warp_row + 16 * part);
+            multiply_keys<T>(dp, douts, v_tile + warp_key * D, first);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int at = ScoreTile<KEYS>::offset(warp_row + 16 * m + 8 * h + g, warp_key / 8 + t) + 2 * first;
+            for (int m = part; m < part + PART; ++m) {
+                uint32_t kept[N][2], ds[N][2];
+                const RowStatistics* statistics = rows + warp_row + 16 * m + g;
+                const uint32_t row = query + 16 * m;
+                if (!scores.is_capped()) {
+                    differentiate<DROP, false, T>(s[m], dp[m - part], scores.factor, Logits(args, nullptr, 0), mask,
+                                                  args, statistics, row, key, first, kept, ds);
+                } else {
+                    differentiate<DROP, true, T>(s[m], dp[m - part], scores.factor, scores.logits(head), mask, args,
+                                                 statistics, row, key, first, kept, ds);
+                }
+                // The lane's keys follow one another: 8 of them, or 4.
 #pragma unroll
-                for (int n = 0; n < N; n += 2) {
-                    *reinterpret_cast<uint2*>(kept_tile + at + 2 * n) = {kept[m][n][h], kept[m][n + 1][h]};
-                    *reinterpret_cast<uint2*>(ds_tile + at + 2 * n) = {ds[m][n][h], ds[m][n + 1][h]};
+                for (int h = 0; h < 2; ++h) {
+                    const int tile_row = warp_row + 16 * m + 8 * h + g;
+                    const int at = ScoreTile<KEYS>::offset(tile_row, warp_key / 8 + lane_id() % 4) + 2 * first;
+#pragma unroll
+                    for (int n = 0; n < N; n += 2) {
+                        *reinterpret_cast<uint2*>(kept_tile + at + 2 * n) = {kept[n][h], kept[n + 1][h]};
+                        *reinterpret_cast<uint2*>(ds_tile + at + 2 * n) = {ds[n][h], ds[n + 1][h]};
+                    }
                 }
             }
         }
         __syncthreads();
-        multiply_transposed<D, KEYS, QUERIES, T>(dv_sums, kept_tile, grad_key, dout_tile, grad_col);
-        multiply_transposed<D, KEYS, QUERIES, T>(dk_sums, ds_tile, grad_key, q_tile, grad_col);
-        head = next_head, first_query = next_query;
+        const int2 part = part_of_gradients(opaque(warp));
+        multiply_transposed<D, KEYS, QUERIES, T>(dv_sums, kept_tile, part.x, dout_tile, part.y);
+        multiply_transposed<D, KEYS, QUERIES, T>(dk_sums, ds_tile, part.x, q_tile, part.y);
+        advance(head, first_query);
     }
 
     // Through the tiles of keys and values, which nobody reads any more.
     const float scale = float(args.scale), drop_scale = (DROP ? drop.scale : 1.f) / RAISED;
     const float dk_factor[2][2] = {{scale, scale}, {scale, scale}};
     const float dv_factor[2][2] = {{drop_scale, drop_scale}, {drop_scale, drop_scale}};
-    put_rows<D, T>(k_tile, grad_key, grad_col, dk_sums, dk_factor);
-    put_rows<D, T>(v_tile, grad_key, grad_col, dv_sums, dv_factor);
+    const int2 part = part_of_gradients(warp);
+    put_rows<D, T>(k_tile, part.x, part.y, dk_sums, dk_factor);
+    put_rows<D, T>(v_tile, part.x, part.y, dv_sums, dv_factor);
     __syncthreads();
     const HeadRows dk_rows = head_rows(dk, grads.k, batch, kv_head, 0, args.keys);
     const HeadRows dv_rows = head_rows(dv, grads.v, batch, kv_head, 0, args.keys);

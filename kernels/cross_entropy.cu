@@ -1,7 +1,7 @@
 // cross_entropy: mean loss of logits and target classes. Twin of src/ops/cross_entropy/cpu.rs.
 //
 //     forward   lse = log of the sum of exp(logits)       over the classes of a row
-//               row_loss = lse - peak * logits[target] - uniform * sum of logits
+//               row_loss = lse - logits[target] - uniform * sum of (logits - logits[target])
 //               loss = sum of row_loss / count            over the rows that are not ignored
 //     backward  dlogits = (exp(logits - lse) - uniform - (peak at the target)) * dloss / count
 //
@@ -64,7 +64,10 @@ template <typename T>
 struct Sums {
     float max = -INFINITY;
     float exponentials = 0.f;  // of logit - max
-    float logits = 0.f;
+    float above_target = 0.f;  // of logit - of_target
+    float of_target;
+
+    __device__ __forceinline__ explicit Sums(float of_target) : of_target(of_target) {}
 
     // What the exponentials are taken of: with every logit at -inf so far, 0 stands in for the maximum.
     __device__ __forceinline__ float shift() const { return max == -INFINITY ? 0.f : max; }
@@ -82,7 +85,7 @@ struct Sums {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             exponentials += exponential<T>(x[j] - from);
-            logits += x[j];
+            above_target += x[j] - of_target;
         }
     }
 };
@@ -99,10 +102,12 @@ __device__ __forceinline__ void cross_entropy_fwd(const T* __restrict__ logits, 
         const T* row = logits + r * args.classes;
         const int64_t target = targets[r];
         const bool ignored = args.ignored(target);
+        const bool is_class = args.is_class(target);
+        const float of_target = is_class && !ignored ? widen(row[target]) : NAN;
 
         // Step 1: the sums of each thread. A row that is ignored is not read.
         const Parts parts(row, ignored ? 0 : args.classes, true);
-        Sums<T> sums;
+        Sums<T> sums(of_target);
         parts.for_each_single([&](uint64_t col) { sums.add({widen(row[col])}); });
         Fetched<true, T> fetched[TILE];
         for_each_vector<TILE>(
@@ -122,19 +127,16 @@ __device__ __forceinline__ void cross_entropy_fwd(const T* __restrict__ logits, 
         sums.max = team_reduce(sums.max, scratch, Max());
         sums.exponentials *= exponential<T>(thread_max - sums.shift());  // by 0 if a thread saw nothing
         const float exponentials = team_reduce(sums.exponentials, scratch, Sum());
-        const float logits_sum = team_reduce(sums.logits, scratch, Sum());
+        const float above_target = team_reduce(sums.above_target, scratch, Sum());
         if (!is_mine || threadIdx.x != 0) continue;
 
-        // Step 3: the loss of the row, from differences of logits, so that large ones lose nothing.
+        // Step 3: the loss of the row, from differences of logits, so that what they have in common loses
+        // no digits. A target at -inf has an infinite loss as it is.
         float log_sum = 0.f, loss = 0.f;
         if (!ignored) {
-            const bool is_class = args.is_class(target);
             log_sum = is_class ? logf(exponentials) : NAN;
-            const float of_target = is_class ? sums.max - widen(row[target]) : NAN;
-            loss = log_sum + float(args.peak) * of_target;
-            if (args.uniform != 0.) {
-                loss += float(args.uniform) * (float(args.classes) * sums.max - logits_sum);
-            }
+            loss = log_sum + (sums.max - of_target);
+            if (args.uniform != 0. && of_target != -INFINITY) loss -= float(args.uniform) * above_target;
         }
         lse[r] = ignored ? 0.f : sums.max + log_sum;
         row_loss[r] = loss;

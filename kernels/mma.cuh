@@ -30,14 +30,16 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&to)[4], const void*
                  : "memory");
 }
 
-// D += A B, products of halves summed in f32. The last argument picks the type.
+// D += A B, products of halves summed in f32. The last argument picks the type. What is added to is an input
+// of its own, so that zeros need no register.
 #define MMA_M16N8K16(T, NAME)                                                                           \
     __device__ __forceinline__ void mma_m16n8k16(float(&d)[4], const uint32_t(&a)[4], uint32_t b_low,   \
                                                  uint32_t b_high, T) {                                  \
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                             \
-                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                   \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));            \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"         \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high), "f"(d[0]),  \
+                       "f"(d[1]), "f"(d[2]), "f"(d[3]));                                                \
     }
 MMA_M16N8K16(__half, "f16")
 MMA_M16N8K16(__nv_bfloat16, "bf16")

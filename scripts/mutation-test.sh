@@ -78,7 +78,9 @@ kernels/cross_entropy.cu|first maximum stays|s/if \(grown > max\) \{/if (grown >
 kernels/cross_entropy.cu|sum not rescaled|s/exponentials \*= exponential<T>\(max - grown\);.*/exponentials *= 1.f;/
 kernels/cross_entropy.cu|threads not rescaled|s/exponential<T>\(thread_max - sums\.shift\(\)\);.*/1.f;/
 kernels/cross_entropy.cu|ignored rows count|s/args\.ignored\(targets\[r\]\) \? 0\. : 1\./1./
-kernels/cross_entropy.cu|smoothing lost|s/if \(args\.uniform != 0\.\) \{/if (false) {/
+kernels/cross_entropy.cu|smoothing lost|s/if \(args\.uniform != 0\. && of_target != -INFINITY\)/if (false)/
+kernels/cross_entropy.cu|smoothing of logits as they are|s/above_target \+= x\[j\] - of_target/above_target += x[j]/
+kernels/cross_entropy.cu|masked target not told apart|s/ && of_target != -INFINITY\) loss/) loss/
 kernels/cross_entropy.cu|target read unchecked|s/const bool is_class = args\.is_class\(target\);/const bool is_class = true;/
 kernels/cross_entropy.cu|head of a row lost|s/body\(i < head \? i : i \+ middle\)/body(i + middle)/
 kernels/cross_entropy.cu|rows all aligned|s/head = min\(uint64_t\(-reinterpret.*/head = 0;/
@@ -125,6 +127,19 @@ kernels/dropout_add_norm.cu|statistics unrounded|s/v\[j\] = rounded<T>\(/v[j] = 
 kernels/activation_dropout.cu|drops by product|s/keeps\(mask, draws\[j\]\) \? a \* mask\.scale : 0\.f/a * (keeps(mask, draws[j]) ? mask.scale : 0.f)/
 kernels/activation_dropout.cu|slope of what drops|s/da == 0\.f \? 0\.f : da \* slope/da * slope/
 kernels/activation_dropout.cu|dy drops by product|s/keeps\(mask, draws\[j\]\) \? da\[j\] \* mask\.scale : 0\.f/da[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f)/
+kernels/attention_tiles.cuh|threshold kept|s/draws << 16 : draws\) < /draws << 16 : draws) <= /
+kernels/attention_tiles.cuh|halves borrow|s/\(draws \| HIGHEST\) - /draws - /
+kernels/attention_tiles.cuh|highest bits ignored|s/\(~draws & threshold\) \| //
+kernels/attention_tiles.cuh|shift lost|s/uint32_t\(key \+ shift\)/uint32_t(key)/
+kernels/attention_tiles.cuh|mask row of head lost|s/first_row \+ query/query/
+kernels/attention_tiles.cuh|rows that see nothing|s/if \(statistics\.lse != INFINITY\) //
+kernels/attention_tiles.cuh|drops by product|s/\(keep \? kept_dp : -statistics\.delta\)/((keep ? 1.f : 0.f) * kept_dp - statistics.delta)/
+kernels/attention_tiles.cuh|negative scale is plain|s/ && factor > 0\.f//
+kernels/attention.cu|sums not scaled down|s/sums\[m\]\[h\] \*= shrink;//
+kernels/attention.cu|no stand-in for -inf|s/reference\[m\]\[h\] == -INFINITY \? 0\.f : reference/reference/
+kernels/attention.cu|heads of keys|s/head \/ \(args\.heads \/ args\.kv_heads\)/head % args.kv_heads/
+kernels/attention.cu|queries that see nothing|s/const int seeing_begin = args\.seeing_begin\(0\)/const int seeing_begin = 0/
+kernels/attention.cu|keys that none sees|s/const int seen_begin = args\.visible_begin\(0\)/const int seen_begin = 0/
 '
   local file fault edit line
   while IFS='|' read -r file fault edit; do

@@ -4,8 +4,8 @@
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
 //!   [`softmax_dropout`], [`attention()`], [`drop_path_add`], [`drop_path_kept`]. Each takes a
 //!   [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take none.
-//! - Layers: [`Dropout`], [`DropPath`], [`MultiHeadAttention`], [`LayerNorm`], [`RmsNorm`]. They draw
-//!   masks from a [`MaskGenerator`], one key a call, and only in training.
+//! - Layers: [`Dropout`], [`DropPath`] and [`MultiHeadAttention`] draw masks from a [`MaskGenerator`], one
+//!   key a call, and only in training; [`LayerNorm`], [`RmsNorm`] and [`Rope`] draw none.
 //! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
 //!   weights, [`seeded_var_builder`] makes repeatable ones.
 //!

@@ -5,9 +5,9 @@
 //! 1603.09382). The styles share attention, residual branches and generation; they differ in norm,
 //! positions, MLP and in the names and layout of their weights, which are those of Hugging Face.
 //!
-//! Shapes: `B` sequences of `T` tokens, `C = hidden_size`, `H` heads of `D` elements, `Hkv` heads of
-//! keys and values, `S` keys (`T`, or more with a cache), `I` columns inside the MLP, `V` tokens in
-//! the vocabulary.
+//! Shapes: `B` sequences of `T` tokens, `C = hidden_size`, `H` heads of `D` elements, `Hkv` heads
+//! of keys and values, `S` keys (`T`, or more with a cache), `I` columns inside the MLP, `V` tokens
+//! in the vocabulary.
 
 mod checkpoint;
 mod config;
@@ -89,6 +89,11 @@ impl Projection {
         Ok(Self { weight, bias: bias.transpose()?, fused: config.fused })
     }
 
+    /// Whether a gradient reaches any part of it: a bias may train beside a frozen weight.
+    fn is_trained(&self) -> bool {
+        self.weight.track_op() || self.bias.as_ref().is_some_and(Tensor::track_op)
+    }
+
     /// One projection that gives the outputs of all, in this order.
     fn side_by_side(parts: &[Self]) -> Result<Self> {
         let weights: Vec<&Tensor> = parts.iter().map(|part| &part.weight).collect();
@@ -132,7 +137,7 @@ enum Projections<const N: usize> {
 impl<const N: usize> Projections<N> {
     /// Joins them, once and for all, if none is trained.
     fn new(parts: [Projection; N]) -> Result<Self> {
-        match parts.iter().any(|part| part.weight.track_op()) {
+        match parts.iter().any(Projection::is_trained) {
             true => Ok(Self::Apart(parts)),
             false => Projection::side_by_side(&parts).map(Self::Joined),
         }
@@ -508,8 +513,8 @@ impl Transformer {
     /// Builds the model from the variables of `vb`, creating those that do not exist.
     ///
     /// They have the names that Hugging Face gives them: GPT-2's with or without the prefix
-    /// `transformer.`, whichever `vb` holds; LLaMA's with `model.`. Projections are made for speed
-    /// from weights that track no gradient: joined where they share an input, and so copied.
+    /// `transformer.`, whichever `vb` holds; LLaMA's with `model.`. Projections that share an input
+    /// and track no gradient are joined for speed, and so copied.
     ///
     /// # Errors
     /// `config` is invalid (see [`TransformerConfig::validate`]), or `vb` lacks a variable or holds
@@ -596,7 +601,8 @@ impl Transformer {
     }
 
     /// Logits of the token that follows `ids`, which follow the tokens in the caches and are added
-    /// to them. No dropout is applied.
+    /// to them. No dropout is applied. It is made for generation: no gradient passes through cached
+    /// keys and values, so train with [`forward`](Self::forward).
     ///
     /// # Shapes
     /// `ids [B, T]` of u32 with the `B` of the caches -> logits `[B, vocab_size]`.

@@ -93,18 +93,51 @@ const PYTORCH: [(f64, f64, [f64; 9]); 2] = [
 ];
 
 #[test]
-fn large_logits_lose_nothing_and_none_overflows() -> Result<()> {
-    for offset in [-3e4, 0., 3e4] {
+fn what_logits_have_in_common_changes_no_loss() -> Result<()> {
+    for (offset, config) in [-3e4, 0., 3e4]
+        .into_iter()
+        .flat_map(|offset| [0., 0.1, 1.].map(|label_smoothing| (offset, smoothed(label_smoothing))))
+    {
         let logits = Tensor::new(&[[0f32, 1., 2., 3.], [3., 3., -9., 0.]], &Device::Cpu)?;
         let targets = Tensor::new(&[3u32, 2], &Device::Cpu)?;
-        let [loss, grad] = run(&(&logits + offset)?, &targets, &smoothed(0.))?;
-        let [exact, exact_grad] = run(&logits.to_dtype(DType::F64)?, &targets, &smoothed(0.))?;
+        let [loss, grad] = run(&(&logits + offset)?, &targets, &config)?;
+        let [exact, exact_grad] = run(&logits.to_dtype(DType::F64)?, &targets, &config)?;
         let off = loss.to_dtype(DType::F64)?.to_scalar::<f64>()? - exact.to_scalar::<f64>()?;
         assert!(off.abs() < 1e-6, "{off}");
         let off = (grad.to_dtype(DType::F64)? - exact_grad)?.abs()?.max_all()?;
         // The log-sum-exp is rounded to the step of f32 at 30,000.
         let bound = if offset == 0. { 1e-6 } else { 7. * 2e-3 };
         assert!(off.to_scalar::<f64>()? < bound, "{off}");
+    }
+    Ok(())
+}
+
+#[test]
+fn smoothing_a_large_vocabulary_far_from_0_keeps_its_digits() -> Result<()> {
+    // Sums of 50,257 logits near 4,096, which f32 holds in steps of 16 and more.
+    let logits = (random(&[3, 50_257], DType::F32, 1)? + 4096.)?;
+    let targets = Tensor::new(&[7u32, 0, 50_256], &Device::Cpu)?;
+    for label_smoothing in [0.1, 1.] {
+        let config = smoothed(label_smoothing);
+        let exact = reference::cross_entropy(&logits.to_dtype(DType::F64)?, &targets, &config)?;
+        let [loss, _] = run(&logits, &targets, &config)?;
+        let off = f64::from(loss.to_scalar::<f32>()?) / exact.to_scalar::<f64>()? - 1.;
+        assert!(off.abs() < 2e-7, "off by {off}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_masked_target_has_an_infinite_loss_and_finite_gradients() -> Result<()> {
+    for dtype in [DType::F32, DType::F16, DType::F64] {
+        let logits = Tensor::new(&[[f32::NEG_INFINITY, 1., 2.]], &Device::Cpu)?.to_dtype(dtype)?;
+        let targets = Tensor::new(&[0u32], &Device::Cpu)?;
+        for label_smoothing in [0., 0.1, 1.] {
+            let [loss, grad] = run(&logits, &targets, &smoothed(label_smoothing))?;
+            assert_eq!(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?, f32::INFINITY);
+            let grad = grad.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            assert!(grad.iter().all(|d| d.is_finite()), "{grad:?}");
+        }
     }
     Ok(())
 }

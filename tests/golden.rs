@@ -183,9 +183,60 @@ fn weights_in_several_files_are_read() -> Result<()> {
     let expected = expected("llama")?;
     assert!(error(&model.forward(&expected["ids"], false)?, &expected["logits"])? < 1e-5);
 
+    // A tuned model saved beside them is the one that loads.
+    let (tuned, vars) = trainable(&config("llama", true)?, "llama", DType::F32);
+    for var in vars.all_vars() {
+        var.set(&(var.as_tensor() * 1.5)?)?;
+    }
+    let one = dir.join("model.safetensors");
+    vars.save(&one)?;
+    let loaded = Transformer::from_pretrained(&dir, DType::F32, &Device::Cpu)?;
+    let logits = tuned.forward(&expected["ids"], false)?;
+    assert!(error(&loaded.forward(&expected["ids"], false)?, &logits)? < 1e-5);
+    assert!(error(&logits, &expected["logits"])? > 1e-2);
+    std::fs::remove_file(one)?;
+
     std::fs::write(dir.join("model.safetensors.index.json"), "{}")?;
     let refused = Transformer::from_pretrained(&dir, DType::F32, &Device::Cpu).unwrap_err();
     assert!(refused.to_string().contains("index.json: missing field `weight_map`"), "{refused}");
+    std::fs::remove_dir_all(dir)?;
+    Ok(())
+}
+
+/// Adds a buffer of two elements of 8 bytes to a safetensors file, in a dtype candle does not have.
+fn add_foreign_buffer(path: &Path, name: &str, dtype: &str) -> Result<()> {
+    let bytes = std::fs::read(path)?;
+    let (len, rest) = bytes.split_at(8);
+    let len = u64::from_le_bytes(len.try_into().expect("8 bytes")) as usize;
+    let (header, data) = rest.split_at(len);
+    let mut header: serde_json::Value = serde_json::from_slice(header).expect("a header");
+    let offsets = [data.len(), data.len() + 16];
+    header[name] = serde_json::json!({ "dtype": dtype, "shape": [2], "data_offsets": offsets });
+    let mut header = header.to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let len = (header.len() as u64).to_le_bytes();
+    std::fs::write(path, [&len[..], &header, data, &[0; 16]].concat())?;
+    Ok(())
+}
+
+#[test]
+fn buffers_that_no_model_asks_for_may_have_any_dtype() -> Result<()> {
+    let dir = copy_of("gpt2", "foreign")?;
+    let path = dir.join("model.safetensors");
+    std::fs::copy(folder("gpt2").join("model.safetensors"), &path)?;
+    add_foreign_buffer(&path, "transformer.h.0.attn.bias", "U64")?;
+    assert!(safetensors::load(&path, &Device::Cpu).is_err(), "candle has this dtype now");
+    let model = Transformer::from_pretrained(&dir, DType::F32, &Device::Cpu)?;
+    let expected = expected("gpt2")?;
+    assert!(error(&model.forward(&expected["ids"], false)?, &expected["logits"])? < 1e-5);
+    let vars = VarMap::new();
+    let vb = pretrained_var_builder(&vars, &dir, DType::F32, &Device::Cpu)?;
+    let refused = vb.get(2, "transformer.h.0.attn.bias").unwrap_err().to_string();
+    assert!(
+        refused.contains("checkpoint: transformer.h.0.attn.bias: expected a dtype"),
+        "{refused}"
+    );
+    assert!(vars.all_vars().is_empty());
     std::fs::remove_dir_all(dir)?;
     Ok(())
 }
@@ -208,6 +259,8 @@ fn checkpoints_that_do_not_fit_are_refused() -> Result<()> {
         let vars = VarMap::new();
         let vb = pretrained_var_builder(&vars, &dir, DType::F32, &Device::Cpu)?;
         let model = Transformer::new(config, Arc::new(MaskGenerator::new(1)), vb);
+        let has_shape = vars.data().lock().expect("variables").values().all(|v| v.dims()[0] != 31);
+        assert!(has_shape || config.vocab_size == 31, "a misfit became a variable");
         Ok(model.unwrap_err().to_string())
     };
     let missing = "checkpoint: transformer.h.1.mlp.c_fc.bias: expected this weight, got none";

@@ -51,6 +51,16 @@ fn new_model(config: &TransformerConfig, seed: u64) -> Result<(Transformer, VarM
     Ok((Transformer::new(config, Arc::new(MaskGenerator::new(seed)), vb)?, vars))
 }
 
+/// The variables of a model, of which those that `trains` names are trained and the others constants.
+fn partly_frozen(vars: &VarMap, trains: impl Fn(&str) -> bool) -> VarBuilder<'static> {
+    let vars = vars.data().lock().expect("variables");
+    let tensors = vars.iter().map(|(name, var)| {
+        let tensor = var.as_tensor();
+        (name.clone(), if trains(name) { tensor.clone() } else { tensor.detach() })
+    });
+    VarBuilder::from_tensors(tensors.collect(), DType::F32, &Device::Cpu)
+}
+
 /// Token ids `[b, t]` that follow a pattern a model can learn.
 fn ids(b: usize, t: usize, step: usize) -> Result<Tensor> {
     let ids: Vec<u32> =
@@ -77,6 +87,31 @@ fn every_parameter_receives_a_finite_non_zero_gradient() -> Result<()> {
                 let grad = grad.flatten_all()?.to_vec1::<f32>()?;
                 assert!(grad.iter().all(|g| g.is_finite()), "gradient not finite: {}", what(name));
                 assert!(grad.iter().any(|g| *g != 0.0), "gradient is zero: {}", what(name));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn biases_train_beside_frozen_weights() -> Result<()> {
+    let config = TransformerConfig { attention_bias: true, mlp_bias: true, ..tiny_llama() };
+    for fused in [true, false] {
+        let config = TransformerConfig { fused, ..config.clone() };
+        let (_, vars) = new_model(&config, 1)?;
+        let vb = partly_frozen(&vars, |name| name.ends_with("bias"));
+        let model = Transformer::new(&config, Arc::new(MaskGenerator::new(1)), vb)?;
+        let ids = ids(2, 9, 0)?;
+        let grads = loss(&model, &ids, false)?.backward()?;
+        let mut before: Vec<f32> = model.forward(&ids, false)?.flatten_all()?.to_vec1()?;
+        for (name, var) in vars.data().lock().expect("variables").iter() {
+            assert_eq!(grads.get(var).is_some(), name.ends_with("bias"), "{name}");
+            if name.ends_with("bias") {
+                let other = Tensor::rand(0.5f32, 1.5, var.shape(), &Device::Cpu)?;
+                var.set(&other)?;
+                let after = model.forward(&ids, false)?.flatten_all()?.to_vec1()?;
+                assert_ne!(before, after, "{name} has no effect");
+                before = after;
             }
         }
     }

@@ -1,6 +1,6 @@
-//! The formulas of `candle_dropout::Transformer` in the style of GPT-2 from candle's ops alone, its own dropout included: what a user
-//! of candle writes without this crate. Same parameters under the same names, so equal seeds give equal
-//! weights.
+//! The formulas of `candle_dropout::Transformer` in the style of GPT-2 from candle's ops alone, its
+//! own dropout included: what a user of candle writes without this crate. Same parameters under the
+//! same names, so equal seeds give equal weights.
 
 use candle_core::{D, DType, IndexOp, Result, Tensor};
 use candle_dropout::TransformerConfig;
@@ -106,7 +106,8 @@ impl CandleGpt {
     }
 }
 
-/// As `Transformer` writes it, so that dropout is all that differs.
+/// The formula of `Transformer` without its fused ops, so that tanh one element at a time is not
+/// what is measured; halves stay halves here, where that goes through f32.
 fn gelu(x: &Tensor) -> Result<Tensor> {
     let twice = 2. * std::f64::consts::FRAC_2_PI.sqrt();
     x * ops::sigmoid(&(x * x.sqr()?.affine(0.044715 * twice, twice)?)?)?

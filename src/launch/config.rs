@@ -174,7 +174,7 @@ pub(crate) fn attention_f32(
 pub(crate) const ATTENTION_HALF_HEAD_SIZES: [usize; 5] = [32, 64, 96, 128, 256];
 
 /// `kernels/attention.cu`, f16 and bf16; arguments as of [`attention_f32`]. Above 48 KiB of shared memory,
-/// at most 96 KiB, a kernel has to be allowed it.
+/// at most 97 KiB, a kernel has to be allowed it.
 pub(crate) fn attention_half(
     pass: AttentionPass,
     head_size: usize,
@@ -182,21 +182,24 @@ pub(crate) fn attention_half(
     rows: usize,
 ) -> Launch {
     const THREADS: usize = 128;
-    // The shapes of the kernels: rows of a block; rows of tiles in shared memory; beside them halves.
-    let (block_rows, tile_rows, scores) = match (pass, head_size) {
+    // The shapes of the kernels: rows of a block; rows of tiles in shared memory; beside them bytes of scores
+    // and of what is known of rows.
+    let (block_rows, tile_rows, other_bytes) = match (pass, head_size) {
         (AttentionPass::Fwd, ..=64) => (128, 128 + 4 * 64, 0),
         (AttentionPass::Fwd, ..=128) => (128, 128 + 4 * 32, 0),
         (AttentionPass::Fwd, _) => (64, 64 + 4 * 32, 0),
-        (AttentionPass::BwdDq, ..=128) => (128, 2 * 128 + 4 * 32, 0),
-        (AttentionPass::BwdDq, _) => (64, 2 * 64 + 2 * 32, 0),
-        (AttentionPass::BwdDkdv, ..=128) => (64, 2 * 64 + 3 * 64, 2 * 64 * 64),
-        (AttentionPass::BwdDkdv, _) => (32, 2 * 32 + 3 * 32, 2 * 32 * 32),
+        (AttentionPass::BwdDq, ..=128) => (128, 2 * 128 + 4 * 32, 128 * 8),
+        (AttentionPass::BwdDq, _) => (64, 2 * 64 + 2 * 32, 64 * 8),
+        (AttentionPass::BwdDkdv, ..=128) => (64, 2 * 64 + 3 * 64, 2 * 64 * 64 * 2 + 64 * 8),
+        (AttentionPass::BwdDkdv, _) => (32, 2 * 32 + 3 * 32, 2 * 32 * 32 * 2 + 32 * 8),
     };
+    // Tiles of keys begin where Philox calls do, up to 7 keys before the first.
+    let rows = if pass == AttentionPass::BwdDkdv { rows.saturating_add(WIDTH - 1) } else { rows };
     let blocks = heads.saturating_mul(rows.div_ceil(block_rows));
     Launch {
         grid: [u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1],
         block: [THREADS as u32, 1, 1],
-        shared_bytes: (2 * (tile_rows * head_size + scores)) as u32,
+        shared_bytes: (2 * tile_rows * head_size + other_bytes) as u32,
     }
 }
 

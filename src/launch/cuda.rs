@@ -1,5 +1,8 @@
 //! What the `cuda.rs` of an op needs to launch its kernels: argument types, functions, outputs.
 
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUdevice_attribute, CUfunction_attribute_enum,
 };
@@ -10,6 +13,7 @@ use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
 
 use super::config::Launch;
+use super::kernel_alone::kernel_alone;
 use crate::mask::MaskArgs;
 use crate::ops::{
     AttentionArgs, AttentionLayout, CrossEntropyArgs, HeadStrides, RopeArgs, ScoreArgs,
@@ -114,7 +118,22 @@ pub(crate) fn has_capability(device: &CudaDevice, at_least: (i32, i32)) -> Resul
     Ok(device.cuda_stream().context().compute_capability().w()? >= at_least)
 }
 
-/// A kernel that may use as much dynamic shared memory as its launch gives it.
+/// The text of [`kernel_alone`], cut out once.
+fn alone(op: &str, ptx: &str, name: &str) -> Result<Arc<str>> {
+    static TEXTS: LazyLock<Mutex<HashMap<String, Arc<str>>>> = LazyLock::new(Mutex::default);
+    // A text is there or not, so a panic elsewhere leaves nothing half done.
+    let mut texts = TEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(text) = texts.get(name) {
+        return Ok(text.clone());
+    }
+    let Some(text) = kernel_alone(ptx, name) else { bail!("{op}: there is no kernel {name}") };
+    let text: Arc<str> = text.into();
+    texts.insert(name.into(), text.clone());
+    Ok(text)
+}
+
+/// A kernel, from a module of its own, that may use as much dynamic shared memory as its launch gives it.
+/// Names of kernels are those of the crate, whatever `ptx` they are in.
 pub(crate) fn load_with_shared_memory(
     op: &str,
     device: &CudaDevice,
@@ -124,7 +143,10 @@ pub(crate) fn load_with_shared_memory(
 ) -> Result<CudaFunction> {
     /// What every kernel may use without asking.
     const DEFAULT_BYTES: u32 = 48 << 10;
-    let kernel = device.get_or_load_custom_func(name, module, ptx)?.into_cuda_function();
+    // The attribute below is set in the context of the thread, which need not have one yet.
+    device.cuda_stream().context().bind_to_thread().w()?;
+    let (module, ptx) = (format!("{module}::{name}"), alone(op, ptx, name)?);
+    let kernel = device.get_or_load_custom_func(name, &module, &ptx)?.into_cuda_function();
     if launch.shared_bytes > DEFAULT_BYTES {
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let limit = device.cuda_stream().context().attribute(limit).w()?;
@@ -165,4 +187,27 @@ pub(crate) unsafe fn launch(mut args: LaunchArgs<'_>, launch: Launch) -> Result<
     // SAFETY: the caller's.
     unsafe { args.launch(config) }.w()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_of_the_large_modules_stands_alone() {
+        for (module, kernels) in [(ptx::ATTENTION, 60), (ptx::ATTENTION_F32, 18)] {
+            let names: Vec<&str> = module
+                .split(".visible .entry ")
+                .skip(1)
+                .filter_map(|entry| entry.split('(').next())
+                .collect();
+            assert_eq!(names.len(), kernels);
+            for name in names {
+                let text = alone("test", module, name).unwrap();
+                assert_eq!(text.matches(".entry").count(), 1, "{name}");
+                let [opened, closed] = ['{', '}'].map(|brace| text.matches(brace).count());
+                assert!(opened > 0 && opened == closed, "{name}");
+            }
+        }
+    }
 }

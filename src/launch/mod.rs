@@ -7,3 +7,5 @@
 pub(crate) mod config;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code))]
+mod kernel_alone;

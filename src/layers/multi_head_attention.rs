@@ -83,6 +83,7 @@ pub struct MultiHeadAttention {
     qkv_proj: Linear,
     o_proj: Linear,
     num_heads: usize,
+    num_kv_heads: usize,
     head_dim: usize,
     attention: AttentionConfig,
     drop: Dropout,
@@ -130,6 +131,7 @@ impl MultiHeadAttention {
             qkv_proj: linear_b(hidden_size, projected, config.bias, vb.pp("qkv_proj"))?,
             o_proj: linear_b(num_heads * head_dim, hidden_size, config.bias, vb.pp("o_proj"))?,
             num_heads,
+            num_kv_heads,
             head_dim,
             attention: config.attention.clone(),
             drop: Dropout::with_generator(config.drop_p, generator),
@@ -164,8 +166,10 @@ impl MultiHeadAttention {
             )
         };
         let drop = self.drop.next_mask(train)?;
-        let qkv = self.qkv_proj.forward(xs)?.reshape((b, s, (), self.head_dim))?; // [B, S, H + 2 Hkv, D]
+        let heads = self.num_heads + 2 * self.num_kv_heads;
+        let qkv = self.qkv_proj.forward(xs)?;
+        let qkv = qkv.reshape((b, s, heads, self.head_dim))?; // [B, S, H + 2 Hkv, D]
         let y = attention_qkv(&qkv, self.num_heads, config, &drop)?; // [B, S, H, D]
-        self.o_proj.forward(&y.reshape((b, s, ()))?) // [B, S, C]
+        self.o_proj.forward(&y.reshape((b, s, self.num_heads * self.head_dim))?) // [B, S, C]
     }
 }

@@ -95,8 +95,8 @@ impl RopeScaling {
 /// angle(position, j) = position * scaling(theta^(-2j / head_size))        j in 0..head_size/2
 /// ```
 ///
-/// Angles are computed in f64 and kept as f32 (f64 if asked for): a bf16 angle at position 1000 would
-/// be off by whole radians. Two tables of `max_positions * head_size / 2` numbers.
+/// Angles are computed in f64 and kept as f32 (f64 if asked for): a bf16 angle at position 1000
+/// would be off by whole radians. Two tables of `max_positions * head_size / 2` numbers.
 ///
 /// Su et al., "RoFormer", 2021, arXiv 2104.09864.
 ///
@@ -127,7 +127,8 @@ impl Rope {
     /// anything else.
     ///
     /// # Errors
-    /// `head_size` is 0 or odd, `max_positions` is 0, `theta` or a factor is not a positive number.
+    /// `head_size` is 0 or odd, `max_positions` is 0, `theta` or a factor is not a positive number,
+    /// or `dtype` is f64 on a device other than the CPU.
     pub fn new(config: &RopeConfig, dtype: DType, device: &Device) -> Result<Self> {
         let &RopeConfig { head_size, max_positions, theta, scaling, style } = config;
         if head_size == 0 || head_size % 2 != 0 {
@@ -140,6 +141,12 @@ impl Rope {
             bail!("rope: theta: expected a positive number, got {theta}; the usual one is 10000")
         }
         scaling.validate()?;
+        if dtype == DType::F64 && !device.is_cpu() {
+            bail!(
+                "rope: dtype: expected f64 on the CPU alone, got it on {:?}; use f32",
+                device.location()
+            )
+        }
         let half = head_size / 2;
         let frequency = |j: usize| scaling.frequency(theta.powf(-2. * j as f64 / head_size as f64));
         let frequencies: Vec<f64> = (0..half).map(frequency).collect();

@@ -4,7 +4,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail, safetensors};
+use candle_core::safetensors::BufferedSafetensors;
+use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
 use serde::Deserialize;
@@ -31,7 +32,8 @@ impl Transformer {
     /// [`new`](Self::new): the file lacks a weight, or holds one of another shape.
     pub fn from_pretrained(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
         let config = TransformerConfig::from_pretrained(&dir)?;
-        let vb = VarBuilder::from_tensors(tensors(dir.as_ref())?, dtype, device);
+        let checkpoint = Checkpoint::open(dir.as_ref())?;
+        let vb = VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone());
         Self::new(&config, Arc::new(MaskGenerator::new(0)), vb)
     }
 }
@@ -40,12 +42,13 @@ impl Transformer {
 /// for a trainable variable of `vars`: for fine-tuning.
 ///
 /// The folder holds `model.safetensors`, or several files and `model.safetensors.index.json`, as
-/// Hugging Face publishes them. Buffers that no model asks for, like GPT-2's `attn.bias`, become no
-/// variables. `vars.save` writes a file of the same names.
+/// Hugging Face publishes them; one file goes before several. Buffers that no model asks for, like
+/// GPT-2's `attn.bias`, are not converted and become no variables. `vars.save` writes a file of the
+/// same names.
 ///
 /// # Errors
-/// A file is missing or no safetensors file. `get` fails if the checkpoint lacks a weight or holds one
-/// of another shape: nothing is initialised at random.
+/// A file is missing or no safetensors file. `get` fails if the checkpoint lacks a weight or holds
+/// one of another shape: nothing is initialised at random.
 ///
 /// # Example
 /// ```no_run
@@ -69,7 +72,8 @@ pub fn pretrained_var_builder(
     dtype: DType,
     device: &Device,
 ) -> Result<VarBuilder<'static>> {
-    let backend = PretrainedVars { vars: vars.clone(), tensors: tensors(dir.as_ref())? };
+    let backend =
+        PretrainedVars { vars: vars.clone(), checkpoint: Checkpoint::open(dir.as_ref())? };
     Ok(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()))
 }
 
@@ -80,27 +84,83 @@ fn read(path: &Path) -> Result<String> {
     }
 }
 
-/// Every tensor of a checkpoint, on the host and in the dtype of its file.
-fn tensors(dir: &Path) -> Result<HashMap<String, Tensor>> {
-    let mut tensors = HashMap::new();
-    for file in files(dir)? {
-        let path = dir.join(file);
-        match safetensors::load(&path, &Device::Cpu) {
-            Ok(part) => tensors.extend(part),
-            Err(error) => bail!(
-                "checkpoint: {}: expected a safetensors file as Hugging Face publishes it: {error}",
-                path.display()
-            ),
-        }
+/// The weights of a checkpoint as the bytes of its files: a tensor is made of one that is asked
+/// for, so that buffers of dtypes that candle does not have stand in nobody's way.
+struct Checkpoint(Vec<BufferedSafetensors>);
+
+impl Checkpoint {
+    fn open(dir: &Path) -> Result<Self> {
+        let open = |file: String| -> Result<BufferedSafetensors> {
+            let path = dir.join(file);
+            let read = || BufferedSafetensors::new(std::fs::read(&path)?);
+            match read() {
+                Ok(file) => Ok(file),
+                Err(error) => bail!(
+                    "checkpoint: {}: expected a safetensors file as Hugging Face publishes it: \
+                     {error}",
+                    path.display()
+                ),
+            }
+        };
+        Ok(Self(files(dir)?.into_iter().map(open).collect::<Result<_>>()?))
     }
-    Ok(tensors)
+
+    /// The file that holds a weight.
+    fn file(&self, name: &str) -> Option<&BufferedSafetensors> {
+        self.0.iter().find(|file| file.get(name).is_ok())
+    }
 }
 
-/// The names of the files that hold a checkpoint's weights.
+impl SimpleBackend for Checkpoint {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        // The shape first: what does not fit is not converted.
+        if let Some(file) = self.file(name) {
+            check_shape(name, &shape, file.get(name)?.shape())?;
+        }
+        self.get_unchecked(name, dtype, device)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let Some(file) = self.file(name) else {
+            bail!(
+                "checkpoint: {name}: expected this weight, got none: does config.json belong to \
+                 these weights?"
+            )
+        };
+        match file.load(name, &Device::Cpu) {
+            Ok(tensor) => tensor.to_dtype(dtype)?.to_device(device),
+            Err(error) => bail!("checkpoint: {name}: expected a dtype of candle's: {error}"),
+        }
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.file(name).is_some()
+    }
+}
+
+fn check_shape(name: &str, expected: &Shape, got: &[usize]) -> Result<()> {
+    if expected.dims() != got {
+        bail!(
+            "checkpoint: {name}: expected shape {expected:?}, got {got:?}: does config.json belong \
+             to these weights?"
+        )
+    }
+    Ok(())
+}
+
+/// The names of the files that hold a checkpoint's weights. One file goes before several, as for
+/// Hugging Face: a model saved beside the published files is the one that loads.
 fn files(dir: &Path) -> Result<BTreeSet<String>> {
-    let index = dir.join("model.safetensors.index.json");
-    if !index.exists() {
-        return Ok(BTreeSet::from(["model.safetensors".to_string()]));
+    let (one, index) = ("model.safetensors", dir.join("model.safetensors.index.json"));
+    if dir.join(one).exists() || !index.exists() {
+        return Ok(BTreeSet::from([one.to_string()]));
     }
     /// The part of the index that is read.
     #[derive(Deserialize)]
@@ -116,7 +176,21 @@ fn files(dir: &Path) -> Result<BTreeSet<String>> {
 /// Turns what is asked for into variables.
 struct PretrainedVars {
     vars: VarMap,
-    tensors: HashMap<String, Tensor>,
+    checkpoint: Checkpoint,
+}
+
+impl PretrainedVars {
+    /// The variable of this name, made by `load` if there is none.
+    fn var(&self, name: &str, load: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        let Ok(mut vars) = self.vars.data().lock() else {
+            bail!("checkpoint: the variable map is poisoned: a thread panicked while it held it")
+        };
+        if let Some(var) = vars.get(name) {
+            return Ok(var.as_tensor().clone());
+        }
+        let var = Var::from_tensor(&load()?)?;
+        Ok(vars.entry(name.to_string()).or_insert(var).as_tensor().clone())
+    }
 }
 
 impl SimpleBackend for PretrainedVars {
@@ -124,39 +198,21 @@ impl SimpleBackend for PretrainedVars {
         &self,
         shape: Shape,
         name: &str,
-        _init: Init,
+        init: Init,
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        let tensor = self.get_unchecked(name, dtype, device)?;
-        if tensor.shape() != &shape {
-            bail!(
-                "checkpoint: {name}: expected shape {shape:?}, got {:?}: does config.json belong to \
-                 these weights?",
-                tensor.shape()
-            )
-        }
+        let load = || self.checkpoint.get(shape.clone(), name, init, dtype, device);
+        let tensor = self.var(name, load)?;
+        check_shape(name, &shape, tensor.dims())?;
         Ok(tensor)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        let Ok(mut vars) = self.vars.data().lock() else {
-            bail!("checkpoint: the variable map is poisoned: a thread panicked while it held it")
-        };
-        if let Some(var) = vars.get(name) {
-            return Ok(var.as_tensor().clone());
-        }
-        let Some(tensor) = self.tensors.get(name) else {
-            bail!(
-                "checkpoint: {name}: expected this weight, got none: does config.json belong to \
-                 these weights?"
-            )
-        };
-        let var = Var::from_tensor(&tensor.to_dtype(dtype)?.to_device(device)?)?;
-        Ok(vars.entry(name.to_string()).or_insert(var).as_tensor().clone())
+        self.var(name, || self.checkpoint.get_unchecked(name, dtype, device))
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.checkpoint.contains_tensor(name)
     }
 }

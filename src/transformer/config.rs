@@ -86,10 +86,11 @@ pub struct TransformerConfig {
     /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare
     /// with.
     pub fused: bool,
-    /// Whether attention is one fused op, [`attention()`](crate::attention()), whose memory grows with
-    /// the length of the sequence (the default), or materialises its scores around
-    /// [`softmax_dropout`](crate::softmax_dropout()). Both draw the same masks. On CUDA the fused op takes
-    /// heads of at most 256 columns, and halves from compute capability 8.0 on. Without `fused`, no effect.
+    /// Whether attention is one fused op, [`attention()`](crate::attention()), whose memory grows
+    /// with the length of the sequence (the default), or materialises its scores around
+    /// [`softmax_dropout`](crate::softmax_dropout()). Both draw the same masks. On CUDA the fused
+    /// op takes heads of at most 256 columns, and halves from compute capability 8.0 on. Without
+    /// `fused`, no effect.
     pub flash_attention: bool,
 }
 
@@ -174,8 +175,9 @@ impl TransformerConfig {
     ///
     /// # Errors
     /// A size is 0; the heads do not divide the width, or the heads of keys and values the heads; a
-    /// rotary head has an odd width; `hidden_act` does not suit the architecture; a drop probability
-    /// lies outside 0 to 1; `norm_eps`, `rope_theta` or `initializer_range` is not a positive number.
+    /// rotary head has an odd width; `hidden_act` does not suit the architecture; a drop
+    /// probability lies outside 0 to 1; `norm_eps`, `rope_theta` or `initializer_range` is not a
+    /// positive number.
     pub fn validate(&self) -> Result<()> {
         let sizes = [
             ("vocab_size", self.vocab_size),
@@ -306,14 +308,19 @@ impl TransformerConfig {
             }
         };
         let gpt2 = Self::gpt2();
-        let n_ctx = fields.or("n_ctx", gpt2.max_position_embeddings)?;
+        // Hugging Face takes the names that all its models share before GPT-2's own.
+        let either = |shared, own, default| fields.or(shared, fields.or(own, default)?);
         Ok(Self {
             vocab_size: fields.or("vocab_size", gpt2.vocab_size)?,
-            max_position_embeddings: fields.or("n_positions", n_ctx)?,
-            hidden_size: fields.or("n_embd", gpt2.hidden_size)?,
+            max_position_embeddings: either(
+                "max_position_embeddings",
+                "n_positions",
+                gpt2.max_position_embeddings,
+            )?,
+            hidden_size: either("hidden_size", "n_embd", gpt2.hidden_size)?,
             intermediate_size: fields.get("n_inner")?,
-            num_hidden_layers: fields.or("n_layer", gpt2.num_hidden_layers)?,
-            num_attention_heads: fields.or("n_head", gpt2.num_attention_heads)?,
+            num_hidden_layers: either("num_hidden_layers", "n_layer", gpt2.num_hidden_layers)?,
+            num_attention_heads: either("num_attention_heads", "n_head", gpt2.num_attention_heads)?,
             hidden_act,
             norm_eps: fields.or("layer_norm_epsilon", gpt2.norm_eps)?,
             tie_word_embeddings: fields.or("tie_word_embeddings", true)?,
@@ -335,13 +342,16 @@ impl TransformerConfig {
             }
         };
         let max_position_embeddings = fields.or("max_position_embeddings", 2048)?;
-        // Since version 5, transformers writes theta and scaling together.
-        let (name, rope) = match fields.get::<Map<String, Value>>("rope_parameters")? {
-            Some(rope) => ("rope_parameters", Some(rope)),
-            None => ("rope_scaling", fields.get("rope_scaling")?),
+        // Since version 5, transformers writes theta and scaling together, and reads what it wrote
+        // before first.
+        let (name, rope) = match fields.or("rope_scaling", Map::new())? {
+            rope if !rope.is_empty() => ("rope_scaling", rope),
+            _ => ("rope_parameters", fields.or("rope_parameters", Map::new())?),
         };
-        let rope = Fields(rope.unwrap_or_default());
+        let rope = Fields(rope);
         let theta = fields.or("rope_theta", 10_000.)?;
+        let inner = rope.or("original_max_position_embeddings", max_position_embeddings)?;
+        let original = fields.or("original_max_position_embeddings", inner)?;
         Ok(Self {
             vocab_size: fields.or("vocab_size", 32_000)?,
             max_position_embeddings,
@@ -354,7 +364,7 @@ impl TransformerConfig {
             hidden_act,
             norm_eps: fields.or("rms_norm_eps", 1e-6)?,
             rope_theta: rope.or("rope_theta", theta)?,
-            rope_scaling: rope_scaling(name, &rope, max_position_embeddings)?,
+            rope_scaling: rope_scaling(name, &rope, original)?,
             attention_bias: fields.or("attention_bias", false)?,
             mlp_bias: fields.or("mlp_bias", false)?,
             tie_word_embeddings: fields.or("tie_word_embeddings", false)?,
@@ -366,7 +376,7 @@ impl TransformerConfig {
 }
 
 /// The scaling that the object `name` of a `config.json` asks for.
-fn rope_scaling(name: &str, rope: &Fields, max_position_embeddings: usize) -> Result<RopeScaling> {
+fn rope_scaling(name: &str, rope: &Fields, original_max_positions: usize) -> Result<RopeScaling> {
     let old_name = rope.or("type", "default".to_string())?;
     let number = |field| match rope.get(field)? {
         Some(number) => Ok(number),
@@ -382,8 +392,7 @@ fn rope_scaling(name: &str, rope: &Fields, max_position_embeddings: usize) -> Re
             factor: number("factor")?,
             low_freq_factor: number("low_freq_factor")?,
             high_freq_factor: number("high_freq_factor")?,
-            original_max_positions: rope
-                .or("original_max_position_embeddings", max_position_embeddings)?,
+            original_max_positions,
         }),
         other => Err(unsupported(&format!("{name}.rope_type"), other, "default, linear or llama3")),
     }
@@ -451,10 +460,9 @@ mod tests {
 
     #[test]
     fn absent_fields_have_the_defaults_of_hugging_face() -> Result<()> {
+        // Nor does Hugging Face look at `n_ctx`.
         let gpt2 = TransformerConfig::from_hf_config(r#"{ "model_type": "gpt2", "n_ctx": 64 }"#)?;
-        let expected =
-            TransformerConfig { max_position_embeddings: 64, ..TransformerConfig::gpt2() };
-        assert_eq!(gpt2, expected);
+        assert_eq!(gpt2, TransformerConfig::gpt2());
         let json = r#"{ "model_type": "llama", "num_key_value_heads": null, "rope_scaling":
             { "type": "linear", "factor": 2 }, "attention_dropout": 0.25 }"#;
         let llama = TransformerConfig::from_hf_config(json)?;
@@ -465,6 +473,58 @@ mod tests {
         assert!(!llama.tie_word_embeddings);
         let rates = (llama.embd_pdrop, llama.attn_pdrop, llama.resid_pdrop);
         assert_eq!(rates, (0., 0.25, 0.));
+        Ok(())
+    }
+
+    /// As `GPT2Config.from_dict` of transformers 5.23 reads them.
+    #[test]
+    fn gpt2_answers_to_the_names_that_all_models_share() -> Result<()> {
+        let sizes = |json| -> Result<[usize; 4]> {
+            let c = TransformerConfig::from_hf_config(json)?;
+            let (heads, positions) = (c.num_attention_heads, c.max_position_embeddings);
+            Ok([c.hidden_size, c.num_hidden_layers, heads, positions])
+        };
+        let shared = r#"{ "model_type": "gpt2", "hidden_size": 48, "num_hidden_layers": 5,
+            "num_attention_heads": 4, "max_position_embeddings": 20 }"#;
+        assert_eq!(sizes(shared)?, [48, 5, 4, 20]);
+        let both = r#"{ "model_type": "gpt2", "n_embd": 96, "hidden_size": 48, "n_head": 6,
+            "n_positions": 10, "max_position_embeddings": 20, "n_layer": 3 }"#;
+        assert_eq!(sizes(both)?, [48, 3, 6, 20]);
+        Ok(())
+    }
+
+    /// As `LlamaForCausalLM` of transformers 5.23 reads them.
+    #[test]
+    fn rope_scaling_goes_before_rope_parameters() -> Result<()> {
+        let read = |json: &str| -> Result<(f64, RopeScaling)> {
+            let json = format!(r#"{{ "model_type": "llama", "rope_theta": 5, {json} }}"#);
+            let config = TransformerConfig::from_hf_config(&json)?;
+            Ok((config.rope_theta, config.rope_scaling))
+        };
+        let linear = |factor| RopeScaling::Linear { factor };
+        let parameters = r#""rope_parameters":
+            { "rope_type": "linear", "factor": 3, "rope_theta": 7 }"#;
+        let scaling = r#""rope_scaling": { "rope_type": "linear", "factor": 2 }"#;
+        assert_eq!(read(&format!("{scaling}, {parameters}"))?, (5., linear(2.)));
+        assert_eq!(read(&format!(r#""rope_scaling": {{}}, {parameters}"#))?, (7., linear(3.)));
+        assert_eq!(read(&format!(r#""rope_scaling": null, {parameters}"#))?, (7., linear(3.)));
+
+        let llama3 = |inner: &str, outer: &str| -> Result<usize> {
+            let scaling = r#""rope_type": "llama3", "factor": 8, "low_freq_factor": 1"#;
+            let json = format!(
+                r#""rope_scaling": {{ {scaling}, "high_freq_factor": 4 {inner} }} {outer}"#
+            );
+            match read(&json)?.1 {
+                RopeScaling::Llama3 { original_max_positions, .. } => Ok(original_max_positions),
+                other => bail!("{other:?}"),
+            }
+        };
+        let inner = r#", "original_max_position_embeddings": 100"#;
+        let outer = r#", "original_max_position_embeddings": 300"#;
+        assert_eq!(llama3(inner, outer)?, 300);
+        assert_eq!(llama3("", outer)?, 300);
+        assert_eq!(llama3(inner, "")?, 100);
+        assert_eq!(llama3("", r#", "max_position_embeddings": 1000"#)?, 1000);
         Ok(())
     }
 

@@ -30,8 +30,9 @@ impl Transformer {
     /// Keys and values are cached, so a step computes one token. A text of more than
     /// `max_position_embeddings` tokens is seen through a window that moves on by half of that
     /// whenever it is full: the model sees between half and all of the tokens it can, and computes
-    /// them all again, with their new positions, only when the window moves. Where the window stands
-    /// follows from the length of the text alone, so a text continued in two calls is that of one.
+    /// them all again, with their new positions, only when the window moves. Where the window
+    /// stands follows from the length of the text alone, so at temperature 0 a text continued in
+    /// two calls is that of one. At others it is not: each call begins its draws anew.
     ///
     /// # Randomness
     /// Draws come from `config.seed` by the key derivation of the masks, so equal logits give equal

@@ -57,6 +57,7 @@ pub struct Form {
     /// Keys that a query sees before and after its own.
     pub left: u32,
     pub right: u32,
+    pub scale: f64,
     pub softcap: f64,
     pub lengths: Option<Vec<u32>>,
     pub slopes: Option<Vec<f32>>,
@@ -87,6 +88,7 @@ impl Form {
             offset: 0,
             left: UNBOUNDED,
             right: UNBOUNDED,
+            scale: 1. / (head_size as f64).sqrt(),
             softcap: 0.,
             lengths: None,
             slopes: None,
@@ -112,13 +114,9 @@ impl Form {
         [self.batches, self.heads, self.queries, self.keys]
     }
 
-    fn scale(&self) -> f64 {
-        1. / (self.head_size as f64).sqrt()
-    }
-
     fn args(&self) -> AttentionArgs {
         AttentionArgs {
-            scale: self.scale(),
+            scale: self.scale,
             softcap: self.softcap,
             batches: self.batches as u32,
             heads: self.heads as u32,
@@ -350,12 +348,12 @@ pub fn formula<T: Element>(
         let (mut t, mut roundings, mut cap_slope) = (Vec::new(), Vec::new(), Vec::new());
         for &key in &visible {
             let k_row = &k[of_key(key)..][..head_size];
-            let s = round(form.scale() * round(dot(&q_row, k_row)));
+            let s = round(form.scale * round(dot(&q_row, k_row)));
             let u = if softcap == 0. { 0. } else { (s / softcap).tanh() };
             let capped = if softcap == 0. { s } else { round(softcap * u) };
             let distance = ((query + keys) as f64 - (queries + key) as f64).abs();
             t.push(round(capped - slope * distance));
-            let size = form.scale() * dot_size(&q_row, k_row) + capped.abs() + slope * distance;
+            let size = form.scale.abs() * dot_size(&q_row, k_row) + capped.abs() + slope * distance;
             roundings.push(size);
             cap_slope.push(1. - u * u);
         }
@@ -404,8 +402,9 @@ pub fn formula<T: Element>(
             let size = p[at] * (dp_size + delta.abs() + delta_size);
             for d in 0..head_size {
                 let (q_at, k_at) = (row * head_size + d, of_key(key) + d);
-                let [dq, dk] = [k[k_at], q[q_at]].map(|x| form.scale() * ds * x);
-                let [dq_size, dk_size] = [k[k_at], q[q_at]].map(|x| form.scale() * size * x.abs());
+                let [dq, dk] = [k[k_at], q[q_at]].map(|x| form.scale * ds * x);
+                let [dq_size, dk_size] =
+                    [k[k_at], q[q_at]].map(|x| form.scale.abs() * size * x.abs());
                 results.dq.add(q_at, dq, dq_size, roundings[at]);
                 results.dq.values[q_at] = round_sum(results.dq.values[q_at]);
                 results.dk.add(k_at, dk, dk_size, roundings[at]);
@@ -593,6 +592,8 @@ pub fn features() -> Vec<Form> {
         Form { softcap: 1.5, ..base(0.2) },
         Form { softcap: 1.5, ..base(0.) },
         Form { softcap: 0.7, ..tall(0.2).causal().alibi() },
+        Form { scale: -0.3, ..base(0.2).causal() },
+        Form { scale: 0., ..base(0.2) },
         base(0.2).alibi(),
         tall(0.2).alibi(),
         Form { lengths: lengths(&[70, 33]), ..base(0.2) },

@@ -169,6 +169,37 @@ fn forward_and_backward_equal_the_formula() {
     for_each_dtype!(equals_the_formula());
 }
 
+/// The loss of one row.
+fn loss_of(logits: &[f32], target: i64, label_smoothing: f64) -> f32 {
+    let config = CrossEntropyConfig { label_smoothing, ignore_index: None };
+    let forward = case::<f32>("cross_entropy_fwd", launch::cross_entropy(1, logits.len(), 1))
+        .input(logits)
+        .input(&[target])
+        .output::<f32>(1)
+        .output::<f32>(1)
+        .by_value(&CrossEntropyArgs::new(1, logits.len(), &config));
+    KERNELS.run_one(forward).unwrap().get::<f32>(1)[0]
+}
+
+#[test]
+fn what_logits_have_in_common_changes_no_loss() {
+    // A step of f32 at 4096 is 2^-11: these logits have the same differences with it and without.
+    let near: Vec<f32> = (0..5003).map(|j| (j * 37 % 64) as f32 / 64.).collect();
+    let far: Vec<f32> = near.iter().map(|x| x + 4096.).collect();
+    for label_smoothing in [0., 0.1, 1.] {
+        let [near, far] = [&near, &far].map(|logits| loss_of(logits, 17, label_smoothing));
+        assert!((near - far).abs() < 2e-6, "{near} and {far}");
+    }
+}
+
+#[test]
+fn a_masked_target_has_an_infinite_loss() {
+    for label_smoothing in [0., 0.1, 1.] {
+        let loss = loss_of(&[f32::NEG_INFINITY, 1., 2., 0.5], 0, label_smoothing);
+        assert_eq!(loss, f32::INFINITY, "smoothing {label_smoothing}");
+    }
+}
+
 #[test]
 fn the_mean_is_over_the_rows_that_are_not_ignored() {
     let (mut cases, mut expected) = (Vec::new(), Vec::new());

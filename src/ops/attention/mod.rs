@@ -54,13 +54,17 @@ const NAME: &str = "attention";
 ///
 /// A query that sees no key gives zeros and zero gradients. On the CPU a weight of 0, be it hidden, dropped
 /// or too small for a number, passes nothing on, even if the value or gradient it meets is infinite or NaN.
-/// On CUDA this holds for the keys beyond `key_lengths` and those that no query of a tile sees.
+/// On CUDA no infinity or NaN in a key or value beyond `key_lengths`, or one that no query of a tile sees,
+/// reaches a result; what arrives infinite or NaN in a query or in the gradient of its result may reach the
+/// gradients of the keys and values that share a tile with one it sees.
 ///
 /// # Errors
 /// A tensor is no float tensor, or f64 on CUDA; dtypes or devices differ; a tensor has not four dimensions;
 /// `k` or `v` do not fit `q` or one another; `scale` is not finite as an f32; `softcap` is not finite and
 /// positive; `key_lengths` is not u32 of shape `[B]` or `alibi_slopes` not f32 of shape `[H]`, or one is on
-/// another device or tracks a gradient; the window of `drop` does not fit `[B, H, Sq, Sk]`.
+/// another device or tracks a gradient; the window of `drop` does not fit `[B, H, Sq, Sk]`; a size is
+/// 2^31 - 256 or more. On CUDA also: `D` is above 256, or the dtype is a half and the GPU has a compute
+/// capability below 8.0.
 ///
 /// Dao, "FlashAttention-2", 2023, arXiv 2307.08691 (algorithms 1 and 2); Shazeer, "Fast Transformer
 /// decoding: one write-head is all you need", 2019, arXiv 1911.02150; Ainslie et al., "GQA", 2023, arXiv
@@ -148,10 +152,11 @@ pub fn attention_qkv(
         bail!("{NAME}: qkv: expected [B, S, H + 2 Hkv, D], got {:?}; reshape it", qkv.dims())
     };
     let kv_heads = all_heads.saturating_sub(heads) / 2;
-    if heads + 2 * kv_heads != all_heads {
+    let is_shared_out = kv_heads > 0 && heads % kv_heads == 0 || all_heads == 0;
+    if heads + 2 * kv_heads != all_heads || !is_shared_out {
         bail!(
-            "{NAME}: qkv: expected {heads} heads of queries and as many of keys as of values, got \
-             {all_heads} in all; give the number of query heads"
+            "{NAME}: qkv: expected {heads} heads of queries, and as many of keys as of values, whose \
+             number divides that, got {all_heads} in all; give the number of query heads"
         )
     }
     let op = Attention::new([b, heads, kv_heads, s, s, d], config, drop, qkv.device())?;
@@ -216,6 +221,12 @@ impl Attention {
         drop: &DropMask,
         device: &Device,
     ) -> Result<Self> {
+        if device.is_cuda() && d > 256 {
+            bail!(
+                "{NAME}: q: expected a head size (last dimension) of at most 256 on CUDA, got {d}; use \
+                 more heads or move it to the CPU"
+            )
+        }
         if h > 0 && (kv_heads == 0 || h % kv_heads != 0) {
             bail!(
                 "{NAME}: k: expected a number of heads that divides the {h} of q, got {kv_heads}; every \
@@ -223,8 +234,11 @@ impl Attention {
             )
         }
         let size = |name: &str, size: usize| match u32::try_from(size) {
-            Ok(size) if size < i32::MAX as u32 => Ok(size),
-            _ => bail!("{NAME}: {name}: expected less than 2^31, got {size}; split the tensor"),
+            // Kernels count in i32, up to a tile beyond the end.
+            Ok(size) if size < (1 << 31) - 256 => Ok(size),
+            _ => {
+                bail!("{NAME}: {name}: expected less than 2^31 - 256, got {size}; split the tensor")
+            }
         };
         let scale = config.scale.unwrap_or(1. / (d.max(1) as f64).sqrt());
         if !(scale as f32).is_finite() {

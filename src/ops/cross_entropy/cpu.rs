@@ -103,19 +103,16 @@ vectorized! {
                 result.write((zero, zero));
                 continue;
             }
-            let RowSums { max, exponentials, logits: sum } =
-                row_sums(logits, args.uniform != 0.);
+            let of_target: E::Real = logits[*target as usize].load();
+            // A target at -inf has an infinite loss as it is.
+            let smooths = args.uniform != 0. && of_target != E::Real::NEG_INFINITY;
+            let RowSums { max, exponentials, above_target } =
+                row_sums(logits, smooths.then_some(of_target));
             let log_sum = exponentials.ln();
-            // Differences of logits, so that large ones lose nothing.
-            let of_target = E::Real::from_f64(args.peak) * (max - logits[*target as usize].load());
-            let of_all = match args.uniform {
-                0. => zero,
-                uniform => {
-                    let classes = E::Real::from_f64(args.classes as f64);
-                    E::Real::from_f64(uniform) * (classes * max - sum)
-                }
-            };
-            result.write((max + log_sum, log_sum + of_target + of_all));
+            // From differences of logits alone, so that what they have in common loses no digits.
+            let loss = log_sum + (max - of_target);
+            let smoothing = E::Real::from_f64(args.uniform) * above_target;
+            result.write((max + log_sum, loss - smoothing));
         }
     }
 }
@@ -154,25 +151,25 @@ struct RowSums<R> {
     max: R,
     /// Of `exp(logit - max)`.
     exponentials: R,
-    /// Of the logits themselves, if asked for.
-    logits: R,
+    /// Of `logit - target's`, if asked for.
+    above_target: R,
 }
 
 /// One pass over a row: block by block, each of which stays in the first-level cache while its maximum
 /// and then its exponentials are taken; a larger maximum rescales what came before.
 #[inline(always)]
-fn row_sums<E: Element>(row: &[E], with_logits: bool) -> RowSums<E::Real> {
+fn row_sums<E: Element>(row: &[E], of_target: Option<E::Real>) -> RowSums<E::Real> {
     const BLOCK: usize = 1024;
     let zero = E::Real::ZERO;
-    let mut sums = RowSums { max: E::Real::NEG_INFINITY, exponentials: zero, logits: zero };
+    let mut sums = RowSums { max: E::Real::NEG_INFINITY, exponentials: zero, above_target: zero };
     let mut block = [zero; BLOCK];
     for row in row.chunks(BLOCK) {
         let block = &mut block[..row.len()];
         for (x, logit) in block.iter_mut().zip(row) {
             *x = logit.load();
         }
-        if with_logits {
-            sums.logits += lane_sum(block.len(), |j| block[j]);
+        if let Some(of_target) = of_target {
+            sums.above_target += lane_sum(block.len(), |j| block[j] - of_target);
         }
         let max = lane_max(block);
         if max > sums.max {

@@ -29,25 +29,25 @@ const NAME: &str = "cross_entropy";
 /// ```
 ///
 /// # Shapes
-/// `logits` `[.., V]`, strided or not, and `targets` `[..]`, one class below `V` for each row; the loss
-/// is a scalar. What is kept for backward is one number a row.
+/// `logits` `[.., V]`, strided or not, and `targets` `[..]`, one class below `V` for each row; the
+/// loss is a scalar. What is kept for backward is one number a row.
 ///
 /// # Dtypes
-/// `logits` in f32, f16, bf16, and f64 on the CPU; `targets` in u32 or i64. The loss is an f32 whatever
-/// the logits are (f64 for f64): exponentials and their sums are taken in f32 and the losses of the rows
-/// are added in f64, always in the same order.
+/// `logits` in f32, f16, bf16, and f64 on the CPU; `targets` in u32 or i64. The loss is an f32
+/// whatever the logits are (f64 for f64): exponentials and their sums are taken in f32 and the
+/// losses of the rows are added in f64, always in the same order.
 ///
 /// # Randomness
 /// None; the same loss for any number of threads.
 ///
-/// If every row is ignored, the loss is 0 and so is every gradient (PyTorch gives NaN there, which one
-/// empty micro-batch then spreads over all weights).
+/// If every row is ignored, the loss is 0 and so is every gradient (PyTorch gives NaN there, which
+/// one empty micro-batch then spreads over all weights).
 ///
 /// # Errors
-/// `logits` is no float tensor, or f64 on CUDA, or a scalar, or has no classes; `targets` has another
-/// shape, dtype or device than said above; `label_smoothing` is no number from 0 to 1. On the CPU also:
-/// a target that is neither a class nor ignored. On CUDA nobody waits for the device to find that out:
-/// the loss and the gradient of such a row are NaN.
+/// `logits` is no float tensor, or f64 on CUDA, or a scalar, or has no classes; `targets` has
+/// another shape, dtype or device than said above; `label_smoothing` is no number from 0 to 1. On
+/// the CPU also: a target that is neither a class nor ignored. On CUDA nobody waits for the device
+/// to find that out: the loss and the gradient of such a row are NaN.
 ///
 /// Szegedy, Vanhoucke, Ioffe, Shlens, Wojna, "Rethinking the Inception architecture for computer
 /// vision", 2016, arXiv 1512.00567 (section 7, label smoothing).

@@ -1,4 +1,5 @@
-//! `y[n] = residual[n] + (keep[n] ? branch(x[kept])[n] * scale : 0)`, without computing what is dropped.
+//! `y[n] = residual[n] + (keep[n] ? branch(x[kept])[n] * scale : 0)`, without computing what is
+//! dropped.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -12,44 +13,47 @@ use crate::ops::drop_path_add::{StochasticDepth, drop_path_add, samples};
 
 const NAME: &str = "drop_path_kept";
 
-/// Adds a residual branch that is computed for the kept samples only: stochastic depth whose cost in
-/// time and memory falls with the rate.
+/// Adds a residual branch that is computed for the kept samples only: stochastic depth whose cost
+/// in time and memory falls with the rate.
 ///
 /// ```text
 /// y[n] = residual[n] + (keep[n] ? branch(x[kept])[n] * scale : 0)
 /// ```
 ///
-/// The samples that `drop` keeps are gathered, `branch` runs on them alone, and its scaled result is
-/// added to the residual at their places. Output and gradients are those of
-/// [`drop_path_add`]`(branch(x), residual, depth, drop)`, bit for bit, if `branch`
-/// treats each sample by itself (as everything but batch normalisation does).
+/// The samples that `drop` keeps are gathered, `branch` runs on them alone, and its scaled result
+/// is added to the residual at their places. The output is that of [`drop_path_add`]`(branch(x),
+/// residual, depth, drop)` if `branch` treats each sample by itself (as everything but batch
+/// normalisation does), and bit for bit where it also gives a sample the same bits among `K` as
+/// among `N` (a matrix product may not). The gradients are its gradients up to the order of sums
+/// over samples and the signs of zeros.
 ///
 /// # Shapes
-/// `x` `[N, ..]` and `residual` `[N, ..]`, strided or not, of the same `N`; the rest of their shapes may
-/// differ. `branch` maps `[K, ..]`, the kept samples of `x` in their order, to `[K, ..]`, shaped like the
-/// kept samples of `residual`; `y` has the shape of `residual`. The mask has the shape `[1, N]`, or
-/// `[1, 1]` for [`StochasticDepth::Batch`], and that is what a window of `drop` refers to.
+/// `x` `[N, ..]` and `residual` `[N, ..]`, strided or not, of the same `N`; the rest of their
+/// shapes may differ. `branch` maps `[K, ..]`, the kept samples of `x` in their order, to `[K,
+/// ..]`, shaped like the kept samples of `residual`; `y` has the shape of `residual`. The mask has
+/// the shape `[1, N]`, or `[1, 1]` for [`StochasticDepth::Batch`], and that is what a window of
+/// `drop` refers to.
 ///
 /// # Dtypes
-/// f32, f16, bf16, and f64 on the CPU, one for `residual` and the result of `branch`. Halves are computed
-/// in f32 and rounded once.
+/// f32, f16, bf16, and f64 on the CPU, one for `residual` and the result of `branch`. Halves are
+/// computed in f32 and rounded once.
 ///
 /// # Randomness
-/// `keep` and `scale` follow from `drop` alone, so which samples are kept is known on the host and no
-/// device is waited for. What `branch` itself drops is drawn for `K` samples, by their position among the
-/// kept.
+/// `keep` and `scale` follow from `drop` alone, so which samples are kept is known on the host and
+/// no device is waited for. What `branch` itself drops is drawn for `K` samples, by their position
+/// among the kept.
 ///
-/// If no sample is kept, `branch` is not called: `x` gets zero gradients, and parameters that nothing else
-/// uses get none in this step.
+/// If no sample is kept, `branch` is not called: `x` gets zero gradients, and parameters that
+/// nothing else uses get none in this step.
 ///
 /// # Errors
-/// A tensor is no float tensor, or f64 on CUDA; `x` or `residual` is a scalar, or they differ in `N` or
-/// device; `branch` fails or returns another shape, dtype or device; the window of `drop` does not fit the
-/// mask.
+/// A tensor is no float tensor, or f64 on CUDA; `x` or `residual` is a scalar, or they differ in
+/// `N` or device; `branch` fails or returns another shape, dtype or device; the window of `drop`
+/// does not fit the mask.
 ///
-/// Oquab et al., "DINOv2: learning robust visual features without supervision", 2023, arXiv 2304.07193
-/// (section 5, efficient stochastic depth; here each sample draws for itself); Huang, Sun, Liu, Sedra,
-/// Weinberger, "Deep networks with stochastic depth", 2016, arXiv 1603.09382.
+/// Oquab et al., "DINOv2: learning robust visual features without supervision", 2023, arXiv
+/// 2304.07193 (section 5, efficient stochastic depth; here each sample draws for itself); Huang,
+/// Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", 2016, arXiv 1603.09382.
 ///
 /// # Example
 /// ```
@@ -158,8 +162,8 @@ impl Places {
     }
 }
 
-/// `y[n] = x[places[n]] * scale`, or 0 where a sample comes from nowhere. It has no backward pass: the
-/// two ops below have, and are made of it.
+/// `y[n] = x[places[n]] * scale`, or 0 where a sample comes from nowhere. It has no backward pass:
+/// the two ops below have, and are made of it.
 struct Move<'a> {
     places: &'a Tensor,
     scale: f32,
@@ -235,8 +239,8 @@ impl CustomOp1 for Gather {
     }
 }
 
-/// The result of the branch, scaled and added to the residual. Where no sample is kept there is no such
-/// result: x takes its place, is not read, and gets zero gradients.
+/// The result of the branch, scaled and added to the residual. Where no sample is kept there is no
+/// such result: x takes its place, is not read, and gets zero gradients.
 struct ScatterAdd {
     places: Places,
     scale: f32,

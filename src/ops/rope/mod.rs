@@ -104,9 +104,13 @@ fn table(arg: &str, table: &Tensor, x: &Tensor, shared: [usize; 2]) -> Result<Te
     check_dtype(NAME, arg, table)?;
     let per_batch = [x.dims()[0], shared[0], shared[1]];
     if table.dims() != shared && (table.dims() != per_batch || x.rank() < 3) {
+        let or_per_batch = match x.rank() {
+            2 => String::new(),
+            _ => format!(" or [B, T, D/2] = {per_batch:?}"),
+        };
         bail!(
-            "{NAME}: {arg}: expected shape [T, D/2] = {shared:?} or [B, T, D/2] = {per_batch:?} for x \
-             {:?}, got {:?}; narrow it to the positions of x",
+            "{NAME}: {arg}: expected shape [T, D/2] = {shared:?}{or_per_batch} for x {:?}, got {:?}; \
+             narrow it to the positions of x",
             x.dims(),
             table.dims()
         )
