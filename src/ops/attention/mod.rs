@@ -152,7 +152,7 @@ pub fn attention_qkv(
         bail!("{NAME}: qkv: expected [B, S, H + 2 Hkv, D], got {:?}; reshape it", qkv.dims())
     };
     let kv_heads = all_heads.saturating_sub(heads) / 2;
-    let is_shared_out = kv_heads > 0 && heads % kv_heads == 0 || all_heads == 0;
+    let is_shared_out = heads.is_multiple_of(kv_heads);
     if heads + 2 * kv_heads != all_heads || !is_shared_out {
         bail!(
             "{NAME}: qkv: expected {heads} heads of queries, and as many of keys as of values, whose \
