@@ -13,6 +13,11 @@ fn main() {
 mod kernels {
     use std::path::PathBuf;
 
+    /// The compute capability of the PTX, unless the GPU has an earlier one. The kernels use nothing of
+    /// later GPUs, for which their driver compiles it; so one text, which `scripts/ptxas-check.sh` has
+    /// assembled for all of them, runs everywhere.
+    const COMPUTE_CAP: usize = 80;
+
     /// Writes `OUT_DIR/kernels.rs`: a constant with the PTX of each `kernels/<op>.cu`.
     pub fn build() -> Result<(), String> {
         println!("cargo:rerun-if-changed=kernels");
@@ -22,12 +27,16 @@ mod kernels {
             .map_err(|e| format!("kernels: {e}"))?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|path| path.extension().is_some_and(|extension| extension == "cuh"));
-        cudaforge::KernelBuilder::new()
-            .source_glob("kernels/*.cu")
-            .watch(headers)
-            .arg("-std=c++17")
-            .arg("-O3")
-            .build_ptx()
+        cudaforge::detect_compute_cap()
+            .and_then(|gpu| {
+                cudaforge::KernelBuilder::new()
+                    .source_glob("kernels/*.cu")
+                    .watch(headers)
+                    .compute_cap(gpu.base().min(COMPUTE_CAP))
+                    .arg("-std=c++17")
+                    .arg("-O3")
+                    .build_ptx()
+            })
             .and_then(|ptx| ptx.write(PathBuf::from(out).join("kernels.rs")))
             .map_err(|e| {
                 format!(

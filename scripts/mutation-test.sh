@@ -21,7 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-tests="$(cargo test --release --test kernels-on-cpu --no-run 2>&1 | tee /dev/stderr |
+tests="$(cargo test --release --test kernels-on-cpu --no-run 2>&1 | tee >(cat >&2) |
   sed -n 's/^ *Executable .*(\(.*\))$/\1/p')"
 "$tests" --list --format terse | sed -n 's/: test$//p' >"$work/tests"
 export tests work

@@ -131,12 +131,38 @@ OPS = {
     "drop_path_add": (drop_path_add, 2),
 }
 
+# ---- ops that draw nothing: op(constants, x), with what makes the constants of a shape ----
+
+
+def rope(tables, x):
+    """Half-split, with tables in the dtype of x, as models have them."""
+    cos, sin = tables
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat((-high, low), -1) * sin
+
+
+def rope_tables(shape, dtype, device):
+    frequencies = 0.9 ** torch.arange(shape[-1] // 2, dtype=torch.float64)
+    angles = torch.arange(shape[-2], dtype=torch.float64)[:, None] * torch.cat((frequencies, frequencies))
+    return [table.to(device, dtype) for table in (angles.cos(), angles.sin())]
+
+
+def cross_entropy(targets, logits):
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
+
+
+def targets(shape, _dtype, device):
+    return (torch.arange(shape[0], device=device) * 7919 + 3) % shape[1]
+
+
+UNDROPPED = {"rope": (rope, rope_tables), "cross_entropy": (cross_entropy, targets)}
+
 # All scores, or those up to the query's own key; as examples/gpu_bundle/attention.rs names them.
 ATTENTION = ("attention", "attention_causal")
 
 
 def arguments(name, shape, dtype, device):
-    shapes = [shape] * OPS[name][1]
+    shapes = [shape] * (OPS[name][1] if name in OPS else 1)
     if len(shapes) == 3:  # a bias or a weight
         shapes[2] = shape[-1:]
     return [torch.randn(s, dtype=torch.float32, device=device).to(dtype) for s in shapes]
@@ -144,6 +170,24 @@ def arguments(name, shape, dtype, device):
 
 def first(results):
     return results[0] if isinstance(results, tuple) else results
+
+
+def relative_error(x, exact):
+    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def check_undropped(name, op, x, dtype):
+    """Demands that an op that draws nothing agrees with itself in f64."""
+    eager, constants = UNDROPPED[name]
+    x, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, exact = op(x), eager(constants(x.shape, torch.float64, x.device), wide)
+    dy = torch.rand_like(y) + 0.5
+    y.backward(dy)
+    exact.backward(dy.double())
+    for what, ours, expected in [("output", y, exact), ("gradient", x.grad, wide.grad)]:
+        off = relative_error(ours.detach(), expected.detach())
+        if not off <= TOLERANCE[dtype]:
+            raise AssertionError(f"{name} in {dtype}: its {what} is off by {off:.1e}")
 
 
 def check(name, op, args, drop_p, dtype):
@@ -167,7 +211,7 @@ def check(name, op, args, drop_p, dtype):
     exact.backward(part(dy))
     results = [(y, exact)] + [(a.grad, w.grad) for a, w in zip(args, wide) if a.dim() == 2]
     for i, (ours, expected) in enumerate(results):
-        off = ((part(ours) - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+        off = relative_error(part(ours), expected)
         if not off <= TOLERANCE[dtype]:
             raise AssertionError(f"{name} in {dtype}: result {i} is off by {off:.1e}")
     if name != "drop_path_add":
@@ -336,8 +380,12 @@ class Peers:
             print(f"peers: {what} is not available: {reason}", file=sys.stderr, flush=True)
 
     def op(self, name, dtype, drop_p, shape):
-        drop = (lambda x: F.dropout(x, drop_p, True)) if drop_p > 0 else (lambda x: x)
-        eager = functools.partial(OPS[name][0], drop)
+        if name in OPS:
+            drop = (lambda x: F.dropout(x, drop_p, True)) if drop_p > 0 else (lambda x: x)
+            eager, count = functools.partial(OPS[name][0], drop), OPS[name][1]
+        else:
+            op, constants = UNDROPPED[name]
+            eager, count = functools.partial(op, constants(shape, DTYPES[dtype], self.device)), 1
         variants = {"eager": eager}
         if self.args.compile:
             torch.compiler.reset()
@@ -346,10 +394,10 @@ class Peers:
             seeded = triton_dropout()
             variants["triton"] = lambda x: seeded(x, drop_p)
         size = DTYPES[dtype].itemsize * math.prod(shape)
-        sets = self.timer.sets((OPS[name][1] + 1) * size)
+        sets = self.timer.sets((count + 1) * size)
         args = [arguments(name, shape, DTYPES[dtype], self.device) for _ in range(sets)]
         tracked = [[a.clone().requires_grad_() for a in one] for one in args]
-        dy = torch.ones_like(args[0][0])
+        dy = None if name == "cross_entropy" else torch.ones_like(args[0][0])
 
         def forward_backward(op, at):
             for a in tracked[at]:
@@ -358,7 +406,10 @@ class Peers:
             return [a.grad for a in tracked[at]]
 
         def measure(variant, op):
-            check(name, op, args[0], drop_p, dtype)
+            if name in OPS:
+                check(name, op, args[0], drop_p, dtype)
+            else:
+                check_undropped(name, op, args[0][0], dtype)
             with torch.no_grad():
                 timing = self.timer.time(sets, lambda at: op(*args[at]))
             self.add(variant, name, "forward", dtype, drop_p, shape, timing)
@@ -476,14 +527,16 @@ def tables(records, missing):
     body, snippet = "", ""
     for (op, which, dtype, drop_p, shape), row in by_case.items():
         ours = row.get(columns[0])
+        if not ours and op != "copy":
+            continue  # forms that only ours are compared with
         cells = []
         for column in columns:
             ms = row.get(column)
             ratio = f" ({ms / ours:.2f}x)" if ms and ours and column != columns[0] else ""
-            cells.append(f"{ms:.3f} ms{ratio}" if ms else "-")
+            cells.append(f"{float(f'{ms:.3g}'):g} ms{ratio}" if ms else "-")
         line = f"| `{op}` | {which} | {dtype} | {drop_p} | {list(shape)} | " + " | ".join(cells) + " |\n"
         body += line
-        if drop_p > 0:
+        if drop_p > 0 or op in UNDROPPED:
             snippet += line
     text = "Times a call; in brackets, over that of `candle-dropout, fused`.\n\n" + head + body
     attention = [r for r in records if r["op"] in ATTENTION]
@@ -538,7 +591,7 @@ def main():
             continue
         seen.add(case)
         op, dtype, drop_p, shape = case
-        if op in OPS:
+        if op in OPS or op in UNDROPPED:
             peers.op(op, dtype, drop_p, shape)
         elif op in ATTENTION:
             peers.attention(op, dtype, shape, drop_p)

@@ -35,12 +35,21 @@ pub struct Args {
     /// Name of the section in the results.
     #[arg(long, default_value = "bench")]
     section: String,
-    /// Leave out the training step of the GPT.
-    #[arg(long)]
-    no_step: bool,
-    /// Attention and nothing else.
-    #[arg(long)]
-    attention_only: bool,
+    /// What to measure [default: all].
+    #[arg(long, value_delimiter = ',', value_name = "PART,..")]
+    only: Vec<Part>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, clap::ValueEnum)]
+enum Part {
+    /// Ops over one tensor, and the copy they are compared with.
+    Ops,
+    /// Attention in one op and materialised.
+    Attention,
+    /// A branch of which only the kept samples are computed.
+    Kept,
+    /// The training step of the GPT.
+    Step,
 }
 
 const OPS: [(&str, Op); 9] = [
@@ -79,8 +88,10 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
         copies: BTreeMap::new(),
         records: vec![],
     };
-    bench.records.extend(attention::records(&bench.timer, small)?);
-    let dtypes = if args.attention_only { vec![] } else { args.dtypes(device)? };
+    if args.is_wanted(Part::Attention) {
+        bench.records.extend(attention::records(&bench.timer, small)?);
+    }
+    let dtypes = if args.is_wanted(Part::Ops) { args.dtypes(device)? } else { vec![] };
     for dtype in dtypes {
         for bytes in args.sizes(device)? {
             bench.copy(dtype, bytes)?;
@@ -100,15 +111,15 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
             eprintln!("bench: {dtype:?}, {bytes} bytes, {:.0} s", begin.elapsed().as_secs_f64());
         }
     }
-    if !args.attention_only {
+    if args.is_wanted(Part::Kept) {
         bench.kept(small)?;
     }
-    if !(args.no_step || args.attention_only) {
+    if args.is_wanted(Part::Step) {
         bench.steps(small)?;
     }
     let records = bench.records;
     let markdown = markdown(&records, small)?;
-    if args.section == "bench" && !args.attention_only {
+    if args.section == "bench" && args.is_wanted(Part::Ops) {
         let svg = with_extension(&stem(&args.common.out, device)?, "svg");
         std::fs::create_dir_all(&args.common.out)?;
         let title = cuda::name(device)?.unwrap_or_else(|| "CPU".into());
@@ -121,6 +132,10 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
 }
 
 impl Args {
+    fn is_wanted(&self, part: Part) -> bool {
+        self.only.is_empty() || self.only.contains(&part)
+    }
+
     fn dtypes(&self, device: &Device) -> Result<Vec<DType>> {
         let parse = |name: &String| match name.as_str() {
             "f32" => Ok(DType::F32),

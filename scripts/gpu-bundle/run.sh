@@ -11,6 +11,7 @@
 #   train        the main job: which dropout for pretraining, which for fine-tuning?
 #
 # Variables: OUT, the folder for results (./results); PYTHON, an interpreter with PyTorch (python3);
+# ONLY, the parts of bench and peers to measure: ops, attention, kept or step, several with commas (all);
 # SMALL=1, a run of seconds whose times mean nothing.
 #
 # Results: <device>-<date>.json, .md, .svg and -readme.md, train.json, train.svg, run.log.
@@ -27,6 +28,8 @@ case "$out" in /*) ;; *) out="$invoked_from/$out" ;; esac
 python="${PYTHON:-python3}"
 small=()
 [ "${SMALL:-0}" = 0 ] || small=(--small)
+only=()
+[ -z "${ONLY:-}" ] || only=(--only "$ONLY")
 all=(correctness sanitize bench peers memory train)
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
@@ -159,8 +162,11 @@ sanitize() {
     echo "compute-sanitizer is not on PATH nor in ${CUDA_HOME:-/usr/local/cuda}/bin; it comes with the CUDA toolkit"
     return 1
   }
-  # cuBLAS is not ours to judge: racecheck and initcheck look at the kernels of this crate.
-  for tool in memcheck 'racecheck --kernel-regex kns=drop' 'initcheck --kernel-regex kns=drop'; do
+  # cuBLAS is not ours to judge: racecheck and initcheck look at the kernels of this crate, those whose name
+  # contains one of these.
+  local ours=
+  for tool in drop attention rope_fwd cross_entropy; do ours+=" --kernel-regex kns=$tool"; done
+  for tool in memcheck "racecheck$ours" "initcheck$ours"; do
     echo "-- $tool"
     # shellcheck disable=SC2086 # a tool and its flags
     "$sanitizer" --tool $tool --error-exitcode 9 bin/gpu_bundle-cuda correctness --small --device cuda \
@@ -178,7 +184,8 @@ peers() {
   local sizes=67108864
   [ "$device" = cpu ] || sizes=1048576,67108864,1073741824
   [ ${#small[@]} -eq 0 ] || sizes=16384
-  bundle bench --section peers --sizes "$sizes" --device "$device" --out "$out" "${small[@]}" || return
+  bundle bench --section peers --sizes "$sizes" --device "$device" --out "$out" "${only[@]}" \
+    "${small[@]}" || return
   "$python" -c 'import torch' 2>/dev/null || {
     echo "$python has no PyTorch; name an interpreter that has: PYTHON=/path/to/python ./run.sh peers"
     return 1
@@ -202,7 +209,7 @@ if is_wanted correctness; then
 fi
 if is_wanted sanitize; then run_step sanitize sanitize; fi
 if is_wanted bench; then
-  run_step bench bundle bench --device "$device" --out "$out" "${small[@]}"
+  run_step bench bundle bench --device "$device" --out "$out" "${only[@]}" "${small[@]}"
 fi
 if is_wanted peers; then run_step peers peers; fi
 if is_wanted memory; then

@@ -13,7 +13,7 @@ use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, WithDType, bail};
 
 use super::config::Launch;
-use super::kernel_alone::kernel_alone;
+use super::ptx_text::kernel_alone;
 use crate::mask::MaskArgs;
 use crate::ops::{
     AttentionArgs, AttentionLayout, CrossEntropyArgs, HeadStrides, RopeArgs, ScoreArgs,
@@ -202,6 +202,11 @@ mod tests {
                 .filter_map(|entry| entry.split('(').next())
                 .collect();
             assert_eq!(names.len(), kernels);
+            // What stands between two of them, one or the other would lack.
+            let is_shared = |line: &str| {
+                line.contains(".func") || line.starts_with(".global") || line.starts_with(".const")
+            };
+            assert_eq!(module.lines().find(|line| is_shared(line)), None);
             for name in names {
                 let text = alone("test", module, name).unwrap();
                 assert_eq!(text.matches(".entry").count(), 1, "{name}");

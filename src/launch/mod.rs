@@ -8,4 +8,4 @@ pub(crate) mod config;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code))]
-mod kernel_alone;
+pub(crate) mod ptx_text;

@@ -15,6 +15,7 @@ use crate::launch::cuda::{
     for_cuda_dtype, has_capability, kernel_name, launch, load_with_shared_memory, multiprocessors,
     output, ptx, push_optional,
 };
+use crate::launch::ptx_text;
 use crate::mask::MaskArgs;
 
 /// Candle caches the compiled modules under these names, for all crates of a program.
@@ -30,13 +31,25 @@ fn kernel<T: WithDType>(
     drop: &MaskArgs,
 ) -> Result<(CudaFunction, Launch)> {
     let is_half = size_of::<T>() == 2;
-    // The tensor cores' instructions for both halves, and asynchronous copies.
-    if is_half && !has_capability(device, (8, 0))? {
-        bail!(
-            "{NAME}: q: expected a GPU of compute capability 8.0 or later for {:?}, got an earlier one; \
-             convert to f32 with to_dtype",
-            T::DTYPE
-        )
+    let module = if is_half { (HALF, ptx::ATTENTION) } else { (F32, ptx::ATTENTION_F32) };
+    if is_half {
+        // The tensor cores' instructions for both halves, and asynchronous copies.
+        if !has_capability(device, (8, 0))? {
+            bail!(
+                "{NAME}: q: expected a GPU of compute capability 8.0 or later for {:?}, got an earlier \
+                 one; convert to f32 with to_dtype",
+                T::DTYPE
+            )
+        }
+        if let Some(built @ ..80) = ptx_text::target(module.1) {
+            bail!(
+                "{NAME}: q: expected kernels built for compute capability 8.0 or later for {:?}, got {}.{}; \
+                 build with CUDA_COMPUTE_CAP=80 or later, or convert to f32 with to_dtype",
+                T::DTYPE,
+                built / 10,
+                built % 10
+            )
+        }
     }
     let head_sizes: &[usize] =
         if is_half { &ATTENTION_HALF_HEAD_SIZES } else { &ATTENTION_F32_HEAD_SIZES };
@@ -58,9 +71,8 @@ fn kernel<T: WithDType>(
         bail!("{NAME}: q: expected at most 2^31 tiles of rows, got more; split the batch")
     }
     let nodrop = if drop.keeps_all() { "_nodrop" } else { "" };
-    let name = kernel_name::<T>(&format!("{}{nodrop}_d{instance}", pass.kernel()));
-    let module = if is_half { (HALF, ptx::ATTENTION) } else { (F32, ptx::ATTENTION_F32) };
-    Ok((load_with_shared_memory(NAME, device, &name, module, launch)?, launch))
+    let kernel = kernel_name::<T>(&format!("{}{nodrop}_d{instance}", pass.kernel()));
+    Ok((load_with_shared_memory(NAME, device, &kernel, module, launch)?, launch))
 }
 
 /// What every pass reads, from the first element of each tensor on.
