@@ -9,8 +9,8 @@ backend, and the same training step of a small GPT; adds its records to the sect
 Run it with another interpreter than the first python3 with PyTorch through run.sh's PYTHON=.
 
 Timed as examples/gpu_bundle/timing.rs does: launches between two CUDA events (on the CPU: two readings of
-the clock), arguments rotated through more memory than the last cache holds, the median of many samples
-and its quartiles. Nothing is timed before it agrees with the formula in f64 under the mask it drew.
+the clock), up to 64 sets of arguments in turn so that the last cache holds few of them, the median of many
+samples and its quartiles. Nothing is timed before it agrees with the formula in f64 under the mask it drew.
 """
 
 import argparse
@@ -182,6 +182,8 @@ def check_undropped(name, op, x, dtype):
     x, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     y, exact = op(x), eager(constants(x.shape, torch.float64, x.device), wide)
     dy = torch.rand_like(y) + 0.5
+    if y.dim() == 0:
+        dy = dy * x.shape[0]  # the gradient of a mean would be subnormal in f16
     y.backward(dy)
     exact.backward(dy.double())
     for what, ours, expected in [("output", y, exact), ("gradient", x.grad, wide.grad)]:
@@ -287,7 +289,7 @@ class Block(torch.nn.Module):
 
 
 class Gpt(torch.nn.Module):
-    """As candle_dropout::Gpt: pre-norm, learned positions, the head tied to the token embedding."""
+    """As candle_dropout::Transformer in GPT-2's style: pre-norm, learned positions, the head tied to the token embedding."""
 
     def __init__(self, v, t, c, layers, heads, drop_p):
         super().__init__()
@@ -358,7 +360,8 @@ def is_peer_record(record):
 
 class Peers:
     def __init__(self, device, args):
-        self.device, self.args, self.records, self.missing = device, args, [], []
+        self.device, self.args = device, args
+        self.records, self.missing, self.wrong = [], [], []
         self.timer = Timer(device, args.small)
 
     def add(self, variant, op, which, dtype, drop_p, shape, timing, **more):
@@ -368,12 +371,13 @@ class Peers:
         self.records.append(record)
 
     def attempt(self, what, work):
-        """Runs work; a backend that does not exist here is noted, a wrong result stops the run."""
+        """Runs work; a backend that does not exist here is noted, and so is a wrong result, which is not timed."""
         try:
             work()
             print(f"peers: {what}", file=sys.stderr, flush=True)
-        except AssertionError:
-            raise
+        except AssertionError as error:
+            self.wrong.append(f"{what}: {error}")
+            print(f"peers: {what} is WRONG: {error}", file=sys.stderr, flush=True)
         except Exception as error:  # noqa: BLE001, whatever a missing backend raises
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             self.missing.append(f"{what}: {reason}")
@@ -443,6 +447,7 @@ class Peers:
             if not self.timer.cuda:
                 return {}
             work()
+            q.grad = k.grad = v.grad = None
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -482,18 +487,18 @@ class Peers:
             what = f"{op}, {backend.name}, {dtype}, drop p {drop_p}, {shape}"
             self.attempt(what, functools.partial(measure, backend))
 
-    def step(self, shape, dtype, drop_p):
+    def step(self, shape, heads, dtype, drop_p):
         for variant in ["eager"] + (["compile"] if self.args.compile else []):
             def measure():
                 torch.compiler.reset()
-                step = gpt_step(shape, 96, 4, DTYPES[dtype], drop_p, self.device, variant == "compile")
+                step = gpt_step(shape, 96, heads, DTYPES[dtype], drop_p, self.device, variant == "compile")
                 self.add(variant, "gpt_step", "training_step", dtype, drop_p, shape,
                          self.timer.time(1, lambda _: step()))
             self.attempt(f"GPT step, {variant}, {dtype}, drop p {drop_p}", measure)
 
 
-def find_results(out, device):
-    """The newest results of this device with a section `peers`."""
+def find_results(out, device, section):
+    """The newest results of this device with that section."""
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
     found = []
     for path in glob.glob(os.path.join(out, "*.json")):
@@ -502,11 +507,11 @@ def find_results(out, device):
                 results = json.load(file)
             except ValueError:
                 continue
-        if isinstance(results, dict) and results.get("device") == name and "peers" in results.get("sections", {}):
+        if isinstance(results, dict) and results.get("device") == name and section in results.get("sections", {}):
             found.append((os.path.getmtime(path), path, results))
     if not found:
-        sys.exit(f"no results of {name} with a section `peers` in {out}; first run: gpu_bundle bench "
-                 f"--section peers --device {device.type} --out {out}")
+        sys.exit(f"no results of {name} with a section `{section}` in {out}; first run: gpu_bundle bench "
+                 f"--section {section} --device {device.type} --out {out}")
     return max(found, key=lambda entry: entry[:2])[1:]
 
 
@@ -514,7 +519,7 @@ COLUMNS = [("candle-dropout", "fused"), ("candle-dropout", "unfused"), ("candle"
            ("pytorch", "eager"), ("pytorch", "compile"), ("pytorch", "triton")]
 
 
-def tables(records, missing):
+def tables(records, missing, wrong):
     """The ratios, and the part of them that a README wants."""
     by_case = collections.OrderedDict()
     for r in records:
@@ -539,8 +544,11 @@ def tables(records, missing):
         if drop_p > 0 or op in UNDROPPED:
             snippet += line
     text = "Times a call; in brackets, over that of `candle-dropout, fused`.\n\n" + head + body
+    if not snippet:
+        head = ""
     attention = [r for r in records if r["op"] in ATTENTION]
     if attention:
+        snippet += attention_snippet(attention)
         case = lambda r: (r["op"], r["pass"], r["dtype"], r["shape"])
         form = lambda r: (r["library"], r["variant"])
         text += "\nAttention, shape [batch, heads, tokens, columns of a head]; \"dropout\" is the time over that "
@@ -562,15 +570,44 @@ def tables(records, missing):
     for r in alone:
         text += (f"\nThe matrix products of the step alone, {r['library']}, {r['dtype']}: {r['ms']:.1f} ms, "
                  f"{r['flop'] / r['ms'] / 1e6:.0f} GFLOP/s.\n")
-    if missing:
-        text += "\nNot available here:\n\n" + "".join(f"- {what}\n" for what in missing)
+    for title, cases in [("Wrong, so not timed", wrong), ("Not available here", missing)]:
+        if cases:
+            text += f"\n{title}:\n\n" + "".join(f"- {what}\n" for what in cases)
     return text, head + snippet
+
+
+def attention_snippet(records):
+    """A line for each shape, pass and rate: ours, the materialised form and the fastest of PyTorch's backends."""
+    text = ("\n| op | shape | pass | drop p | candle-dropout | GFLOP/s | cost of dropout | peak | materialised | its peak | "
+            "pytorch |\n" + "|---" * 11 + "|\n")
+    lines = collections.OrderedDict()
+    for r in records:
+        key = (r["op"], tuple(r["shape"]), r["pass"], r["dtype"], round(r["drop_p"], 4))
+        lines.setdefault(key, []).append(r)
+    for (op, shape, which, dtype, drop_p), forms in lines.items():
+        ours = [r for r in forms if r["variant"] == "fused"]
+        if not ours:
+            continue
+        ours = ours[0]
+        ratio = lambda r: f"{float(format(r['ms'], '.3g')):g} ms ({r['ms'] / ours['ms']:.2f}x)"
+        peak = lambda r: f"{r['peak_bytes'] / 1e6:.1f} MB" if r.get("peak_bytes") else "-"
+        undropped = [r["ms"] for r in lines.get((op, shape, which, dtype, 0.0), []) if r["variant"] == "fused"]
+        cost = f"{ours['ms'] / undropped[0] - 1:+.0%}" if drop_p > 0 and undropped else "-"
+        materialised = [r for r in forms if r["variant"] == "materialised"]
+        torchs = sorted((r for r in forms if is_peer_record(r)), key=lambda r: r["ms"])
+        text += (f"| `{op}`, {dtype} | {list(shape)} | {which} | {drop_p} | {float(format(ours['ms'], '.3g')):g} ms | "
+                 f"{ours['flop'] / ours['ms'] / 1e6:.0f} | {cost} | {peak(ours)} | "
+                 f"{ratio(materialised[0]) if materialised else '-'} | "
+                 f"{peak(materialised[0]) if materialised else '-'} | "
+                 f"{ratio(torchs[0]) + ' ' + torchs[0]['variant'] if torchs else '-'} |\n")
+    return text
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="results", help="folder with the results of gpu_bundle")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--section", default="peers", help="of those results, to read and to add to")
     parser.add_argument("--small", action="store_true", help="does it run? its times mean nothing")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     args = parser.parse_args()
@@ -579,11 +616,11 @@ def main():
         print("no CUDA device: PyTorch sees none", file=sys.stderr)
         sys.exit(3)
     torch.manual_seed(0)
-    path, results = find_results(args.out, device)
-    section = results["sections"]["peers"]
+    path, results = find_results(args.out, device, args.section)
+    section = results["sections"][args.section]
     records = [r for r in section["data"]["records"] if not is_peer_record(r)]
-    begin = time.perf_counter()
     peers = Peers(device, args)
+    save = functools.partial(save_results, path, results, dict(section), records, peers, time.perf_counter())
     seen = set()
     for r in records:
         case = (r["op"], r["dtype"], round(r["drop_p"], 4), tuple(r["shape"]))
@@ -591,6 +628,7 @@ def main():
             continue
         seen.add(case)
         op, dtype, drop_p, shape = case
+        heads = max(4, shape[2] // 64) if op == "gpt_step" else None
         if op in OPS or op in UNDROPPED:
             peers.op(op, dtype, drop_p, shape)
         elif op in ATTENTION:
@@ -599,20 +637,33 @@ def main():
             peers.copy(dtype, shape)
         elif op == "gpt_step":
             if drop_p == 0:
-                run, flop = matrix_products(shape, 96, 4, DTYPES[dtype], device)
+                run, flop = matrix_products(shape, 96, heads, DTYPES[dtype], device)
                 peers.add("matrix products alone", "gpt_step", "training_step", dtype, 0.0, shape,
                           peers.timer.time(1, lambda _: run()), flop=flop)
-            peers.step(shape, dtype, drop_p)
+            peers.step(shape, heads, dtype, drop_p)
+        save()
+    print(save())
+    sys.exit(1 if peers.wrong else 0)
 
+
+def save_results(path, results, section, records, peers, begin):
+    """Writes what is known so far beside what `gpu_bundle` measured: JSON, the tables, and the README's part."""
     versions = f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
-    text, snippet = tables(records + peers.records, peers.missing)
-    section["markdown"] = f"{versions}. {text}"
-    section["seconds"] += time.perf_counter() - begin
-    section["command"] += "; " + " ".join([os.path.basename(sys.argv[0])] + sys.argv[1:])
-    section["load_average"] += "; " + " ".join(f"{load:.2f}" for load in os.getloadavg())
-    section["data"]["records"] = records + peers.records
-    section["data"]["pytorch"] = {"version": torch.__version__, "threads": torch.get_num_threads(),
-                                  "not_available": peers.missing}
+    wrong = section["data"].get("failures", []) + peers.wrong
+    text, snippet = tables(records + peers.records, peers.missing, wrong)
+    text = f"{versions}. {text}"
+    data = dict(section["data"], records=records + peers.records)
+    data["pytorch"] = {"version": torch.__version__, "threads": torch.get_num_threads(),
+                       "not_available": peers.missing, "wrong": peers.wrong}
+    results["sections"][peers.args.section] = dict(
+        section,
+        markdown=text,
+        seconds=section["seconds"] + time.perf_counter() - begin,
+        command=section["command"] + "; " + " ".join([os.path.basename(sys.argv[0])] + sys.argv[1:]),
+        load_average=section["load_average"] + "; " + " ".join(f"{load:.2f}" for load in os.getloadavg()),
+        data=data,
+    )
+    section = results["sections"][peers.args.section]
     with open(path, "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
         file.write("\n")
@@ -624,8 +675,7 @@ def main():
         file.write(f"Measured on {place} ({results['threads']} threads) on {results['date']}, commit "
                    f"{section['commit']}, {versions}, load average {section['load_average']}, all in one run: "
                    f"`run.sh peers`. In brackets, the time over that of the fused op.\n\n{snippet}")
-    print(section["markdown"])
-    print(f"written to {path}, {stem}.md and {stem}-readme.md")
+    return f"{text}\nwritten to {path}, {stem}.md and {stem}-readme.md"
 
 
 def markdown(results):

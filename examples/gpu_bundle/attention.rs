@@ -56,33 +56,34 @@ fn shapes(device: &Device, small: bool) -> Vec<[usize; 4]> {
     }
 }
 
-/// Bytes of scores that one tensor may have.
-fn largest_scores(device: &Device) -> usize {
-    if device.is_cuda() { 8 << 30 } else { 256 << 20 }
+/// A tensor of scores has fewer bytes than this: candle's element-wise kernels count in 32 bits.
+const TOO_MANY_SCORES: usize = 8 << 30;
+
+/// A dtype and a shape of [`records`].
+pub fn cases(dtypes: Option<Vec<DType>>, device: &Device, small: bool) -> Vec<(DType, [usize; 4])> {
+    let default =
+        || if device.is_cuda() { vec![DType::BF16, DType::F16] } else { vec![DType::F32] };
+    let dtypes = dtypes.unwrap_or_else(default).into_iter();
+    dtypes
+        .flat_map(|dtype| shapes(device, small).into_iter().map(move |dims| (dtype, dims)))
+        .collect()
 }
 
-pub fn records(timer: &Timer, small: bool) -> Result<Vec<Record>> {
+pub fn records(timer: &Timer, dtype: DType, dims: [usize; 4]) -> Result<Vec<Record>> {
     let device = &timer.device;
-    let dtypes = if device.is_cuda() { vec![DType::BF16, DType::F16] } else { vec![DType::F32] };
     let mut records = Vec::new();
-    for dtype in dtypes {
-        for dims in shapes(device, small) {
-            let qkv = (0..3).map(|_| {
-                Var::from_tensor(&Tensor::randn(0f32, 1., &dims[..], device)?.to_dtype(dtype)?)
-            });
-            let qkv = qkv.collect::<candle_core::Result<Vec<_>>>()?;
-            for (op, causal) in OPS.into_iter().zip([false, true]) {
-                for drop_p in DROP_PS {
-                    check(&qkv, causal, &mask(drop_p))?;
-                    for form in [Form::Fused, Form::Materialised] {
-                        let scores = dims[0] * dims[1] * dims[2] * dims[2] * dtype.size_in_bytes();
-                        if form == Form::Fused || scores <= largest_scores(device) {
-                            measure(timer, form, &qkv, (op, causal), drop_p, &mut records)?;
-                        }
-                    }
+    let qkv = (0..3)
+        .map(|_| Var::from_tensor(&Tensor::randn(0f32, 1., &dims[..], device)?.to_dtype(dtype)?));
+    let qkv = qkv.collect::<candle_core::Result<Vec<_>>>()?;
+    for (op, causal) in OPS.into_iter().zip([false, true]) {
+        for drop_p in DROP_PS {
+            check(&qkv, causal, &mask(drop_p))?;
+            for form in [Form::Fused, Form::Materialised] {
+                let scores = dims[0] * dims[1] * dims[2] * dims[2] * dtype.size_in_bytes();
+                if form == Form::Fused || scores < TOO_MANY_SCORES {
+                    measure(timer, form, &qkv, (op, causal), drop_p, &mut records)?;
                 }
             }
-            eprintln!("bench: attention, {dtype:?}, {dims:?}");
         }
     }
     Ok(records)
@@ -114,7 +115,8 @@ fn check(qkv: &[Var], causal: bool, drop: &DropMask) -> Result<()> {
     let dq = (&o * &dout)?.backward()?.get(&qkv[0]).cloned();
     let part = |x: &Tensor, from: usize| -> candle_core::Result<Tensor> {
         let rows = x.narrow(0, 0, 1)?.narrow(1, 0, 1)?.narrow(2, from, s - from)?;
-        rows.contiguous()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)
+        // Else all of x would travel.
+        rows.force_contiguous()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)
     };
     let window = drop.window(&[b, h, s, s], &[0, 0, s - rows, 0]);
     let keep = window.to_tensor((1, 1, rows, s), &Device::Cpu)?;
@@ -171,7 +173,7 @@ fn measure(
         let mut record = Record::new(what, drop_p, &[b, h, s, d], timing);
         record.again_ms = Some(timer.time(1, |_| work())?.ms);
         record.flop = Some(flop);
-        record.peak_bytes = Some((peak - before) as f64);
+        record.peak_bytes = Some(peak.saturating_sub(before) as f64);
         records.push(record);
     }
     Ok(())

@@ -287,7 +287,7 @@ fn attentions(device: &Device, small: bool) -> Group {
 fn transformer(device: &Device, small: bool) -> Group {
     let mut group =
         Group::new("the Transformer's loss and every gradient: fused, unfused, and on the CPU");
-    let (gpt2, batch) = (size(small).0, 4);
+    let (gpt2, batch) = (size(small, &Device::Cpu).0, 4);
     let llama = in_llama_style(&gpt2);
     for (config, drop_p) in [(&gpt2, 0.), (&gpt2, 0.1), (&llama, 0.), (&llama, 0.1)] {
         let style = config.architecture;

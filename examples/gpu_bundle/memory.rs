@@ -85,7 +85,7 @@ struct Peak {
 
 pub fn run(args: &Common, device: &Device) -> Result<bool> {
     let begin = Instant::now();
-    let (config, batch) = size(args.small);
+    let (config, batch) = size(args.small, device);
     let mut peaks = Vec::new();
     for drop_p in [0., 0.1] {
         for form in FORMS {

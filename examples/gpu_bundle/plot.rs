@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 use crate::results::Record;
 
-const COLOURS: [RGBColor; 7] = [
+const COLOURS: [RGBColor; 9] = [
     RGBColor(31, 119, 180),
     RGBColor(214, 39, 40),
     RGBColor(255, 127, 14),
@@ -15,16 +15,22 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(148, 103, 189),
     RGBColor(140, 86, 75),
     RGBColor(23, 190, 207),
+    RGBColor(188, 189, 34),
+    RGBColor(127, 127, 127),
 ];
+
+/// What drops nothing.
+const NO_RATE: [&str; 3] = ["copy", "rope", "cross_entropy"];
 
 /// One panel a dtype, at drop p = 0.1.
 pub fn roofline(path: &Path, title: &str, records: &[Record]) -> Result<()> {
-    let mut dtypes: Vec<&str> = records.iter().map(|r| r.dtype.as_str()).collect();
+    let rated = records.iter().filter(|r| r.gb_s.is_some());
+    let mut dtypes: Vec<&str> = rated.map(|r| r.dtype.as_str()).collect();
     dtypes.sort_unstable();
     dtypes.dedup();
     let root = SVGBackend::new(path, (560 * dtypes.len() as u32, 520)).into_drawing_area();
     root.fill(&WHITE)?;
-    let subtitle = "forward, drop p = 0.1; solid: fused, dashed: candle's chain";
+    let subtitle = "forward, drop p = 0.1 where there is one; solid: fused, dashed: candle's chain";
     let root = root.titled(&format!("{title}: {subtitle}"), ("sans-serif", 17))?;
     for (area, dtype) in root.split_evenly((1, dtypes.len())).iter().zip(dtypes) {
         panel(area, dtype, records).map_err(|e| anyhow!("{e}"))?;
@@ -45,7 +51,7 @@ fn panel(
                 && r.op == op
                 && r.pass == "forward"
                 && r.library == library
-                && (r.drop_p > 0. || op == "copy")
+                && (r.drop_p > 0. || NO_RATE.contains(&op))
         };
         let point =
             |r: &Record| Some((r.shape.iter().product::<usize>() as f64 * element_bytes, r.gb_s?));
@@ -68,7 +74,7 @@ fn panel(
         .label("plain copy")
         .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], BLACK.stroke_width(2)));
     let mut ops: Vec<&str> = Vec::new();
-    for record in records.iter().filter(|r| r.op != "copy" && r.op != "gpt_step") {
+    for record in records.iter().filter(|r| r.op != "copy" && r.gb_s.is_some()) {
         if !ops.contains(&record.op.as_str()) {
             ops.push(&record.op);
         }

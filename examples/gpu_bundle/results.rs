@@ -119,7 +119,7 @@ pub fn stem(out: &Path, device: &Device) -> Result<PathBuf> {
     Ok(out.join(format!("{}-{}", words.join("-"), today())))
 }
 
-/// Adds or replaces a section in the results of a device.
+/// Adds or replaces a section in the results of a device, and prints it.
 pub fn write_section(
     out: &Path,
     device: &Device,
@@ -128,6 +128,21 @@ pub fn write_section(
     markdown: String,
     data: Value,
 ) -> Result<()> {
+    print!("{markdown}");
+    let json = save_section(out, device, name, seconds, markdown, data)?;
+    println!("\nwritten to {} and .md", json.display());
+    Ok(())
+}
+
+/// The same in silence, for a section that is still to grow. Returns the path of the JSON file.
+pub fn save_section(
+    out: &Path,
+    device: &Device,
+    name: &str,
+    seconds: f64,
+    markdown: String,
+    data: Value,
+) -> Result<PathBuf> {
     std::fs::create_dir_all(out)
         .with_context(|| format!("--out: cannot create {}", out.display()))?;
     let stem = stem(out, device)?;
@@ -144,7 +159,6 @@ pub fn write_section(
             sections: BTreeMap::new(),
         },
     };
-    print!("{markdown}");
     let section = Section {
         command: command(),
         commit: commit(),
@@ -156,8 +170,7 @@ pub fn write_section(
     results.sections.insert(name.into(), section);
     std::fs::write(&json, serde_json::to_string_pretty(&results)? + "\n")?;
     std::fs::write(&md, results.markdown()?)?;
-    println!("\nwritten to {} and .md", json.display());
-    Ok(())
+    Ok(json)
 }
 
 /// `Path::with_extension` would replace what follows a dot in the name.

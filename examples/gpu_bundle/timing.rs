@@ -84,7 +84,8 @@ impl Timer {
         Ok(begin.elapsed().as_secs_f64() * 1e3)
     }
 
-    /// Sets of arguments of `bytes` each that together are several times larger than the last cache.
+    /// Sets of arguments of `bytes` each that together are several times larger than the last cache, but at most
+    /// 64: a few kilobytes stay in it.
     pub fn sets(&self, bytes: usize) -> Result<usize> {
         const CPU_CACHE_BYTES: usize = 32 << 20;
         let cache = cuda::cache_bytes(&self.device)?.unwrap_or(CPU_CACHE_BYTES);

@@ -11,10 +11,13 @@
 #   train        the main job: which dropout for pretraining, which for fine-tuning?
 #
 # Variables: OUT, the folder for results (./results); PYTHON, an interpreter with PyTorch (python3);
+# SMALL=1, a run of seconds whose times mean nothing; and where time is short:
 # ONLY, the parts of bench and peers to measure: ops, attention, kept or step, several with commas (all);
-# SMALL=1, a run of seconds whose times mean nothing.
+# DTYPES, f32, f16 or bf16, likewise (bench: all; peers: bf16, on the CPU f32); SIZES, bytes of x, likewise;
+# LIMIT, seconds that a program may take (any).
 #
-# Results: <device>-<date>.json, .md, .svg and -readme.md, train.json, train.svg, run.log.
+# Results: <device>-<date>.json, .md, .svg and -readme.md, train.json, train.svg, run.log; bench and peers save
+# what they have after each measurement.
 #
 # Exit codes: 0 all right, 1 something failed (the end of the output says what), 2 bad arguments,
 # 3 no CUDA device here: the CPU half of each ran instead, and was right.
@@ -28,8 +31,8 @@ case "$out" in /*) ;; *) out="$invoked_from/$out" ;; esac
 python="${PYTHON:-python3}"
 small=()
 [ "${SMALL:-0}" = 0 ] || small=(--small)
-only=()
-[ -z "${ONLY:-}" ] || only=(--only "$ONLY")
+chosen=()
+[ -z "${ONLY:-}" ] || chosen+=(--only "$ONLY")
 all=(correctness sanitize bench peers memory train)
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
@@ -46,6 +49,7 @@ done
 mkdir -p "$out" || exit 2
 # Everything that is printed is also kept.
 exec > >(tee -a "$out/run.log") 2>&1
+log=$!
 say() { printf '\n== %s\n' "$*"; }
 problem() { printf '\nPROBLEM: %s\n' "$*"; }
 cd "$here" || exit 2
@@ -126,7 +130,8 @@ folder to LD_LIBRARY_PATH. Looked in:"
 }
 
 probe="$(mktemp -d)"
-trap 'rm -rf "$probe"' EXIT
+# The log is whole before the script is gone.
+trap 'rm -rf "$probe"; exec >&- 2>&-; wait "$log"' EXIT
 say "candle-dropout, commit $(cat commit), $(date -u +%Y-%m-%dT%H:%MZ)"
 uname -srm
 look_for_device
@@ -139,7 +144,7 @@ else
   echo "no CUDA device: $no_device."
   echo "Running the CPU half of each step; the exit code will be 3."
 fi
-bundle() { "bin/gpu_bundle-$device" "$@"; }
+bundle() { timeout "${LIMIT:-0}" "bin/gpu_bundle-$device" "$@"; }
 
 # ---- the steps ----
 
@@ -162,15 +167,15 @@ sanitize() {
     echo "compute-sanitizer is not on PATH nor in ${CUDA_HOME:-/usr/local/cuda}/bin; it comes with the CUDA toolkit"
     return 1
   }
-  # cuBLAS is not ours to judge: racecheck and initcheck look at the kernels of this crate, those whose name
-  # contains one of these.
+  # Races of cuBLAS are not ours to judge: racecheck looks at the kernels of this crate, those whose name
+  # contains one of these. (initcheck has to see who writes, whoever that is.)
   local ours=
   for tool in drop attention rope_fwd cross_entropy; do ours+=" --kernel-regex kns=$tool"; done
-  for tool in memcheck "racecheck$ours" "initcheck$ours"; do
+  for tool in memcheck initcheck "racecheck$ours"; do
     echo "-- $tool"
     # shellcheck disable=SC2086 # a tool and its flags
-    "$sanitizer" --tool $tool --error-exitcode 9 bin/gpu_bundle-cuda correctness --small --device cuda \
-      --out "$probe/sanitize" | tail -n 30 || status=1
+    timeout "${LIMIT:-0}" "$sanitizer" --tool $tool --error-exitcode 9 bin/gpu_bundle-cuda correctness --small \
+      --device cuda --out "$probe/sanitize" | tail -n 30 || status=1
   done
   return "$status"
 }
@@ -181,18 +186,21 @@ export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
 
 peers() {
-  local sizes=67108864
-  [ "$device" = cpu ] || sizes=1048576,67108864,1073741824
+  local sizes=67108864 dtypes=f32 section="peers${ONLY:+-$ONLY}"
+  [ "$device" = cpu ] || { sizes=67108864,1073741824 && dtypes=bf16; }
   [ ${#small[@]} -eq 0 ] || sizes=16384
-  bundle bench --section peers --sizes "$sizes" --device "$device" --out "$out" "${only[@]}" \
-    "${small[@]}" || return
+  # What fails is in the results, beside what does not.
+  local status=0
+  bundle bench --section "$section" --sizes "${SIZES:-$sizes}" --dtypes "${DTYPES:-$dtypes}" --device "$device" \
+    --out "$out" "${chosen[@]}" "${small[@]}" || status=1
   "$python" -c 'import torch' 2>/dev/null || {
     echo "$python has no PyTorch; name an interpreter that has: PYTHON=/path/to/python ./run.sh peers"
     return 1
   }
   # Our library path is not PyTorch's, which brings its own libraries.
-  LD_LIBRARY_PATH="$outer_library_path" "$python" torch_peers.py --device "$device" --out "$out" \
-    "${small[@]}" ${PEERS_FLAGS:-}
+  LD_LIBRARY_PATH="$outer_library_path" timeout "${LIMIT:-0}" "$python" torch_peers.py --section "$section" \
+    --device "$device" --out "$out" "${small[@]}" ${PEERS_FLAGS:-} || status=1
+  return "$status"
 }
 
 train() {
@@ -209,7 +217,9 @@ if is_wanted correctness; then
 fi
 if is_wanted sanitize; then run_step sanitize sanitize; fi
 if is_wanted bench; then
-  run_step bench bundle bench --device "$device" --out "$out" "${only[@]}" "${small[@]}"
+  [ -z "${DTYPES:-}" ] || chosen+=(--dtypes "$DTYPES")
+  [ -z "${SIZES:-}" ] || chosen+=(--sizes "$SIZES")
+  run_step bench bundle bench --device "$device" --out "$out" "${chosen[@]}" "${small[@]}"
 fi
 if is_wanted peers; then run_step peers peers; fi
 if is_wanted memory; then
