@@ -10,6 +10,7 @@ use candle_dropout::{
     softmax_dropout,
 };
 use common::{bits, random};
+use proptest::prelude::*;
 use runner::{Sizes, VIEWS, View, configs, disagreements, error, largest, sizes};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
@@ -515,4 +516,85 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         assert!(message.starts_with(expected), "{message}");
     }
     Ok(())
+}
+
+/// A call on small tensors that mostly go together, with a config and a window that may be anything.
+#[derive(Clone, Debug)]
+struct Call {
+    dims: [Vec<usize>; 3],
+    /// Of q and k, and of v.
+    dtypes: [DType; 2],
+    /// One tensor with so many heads of queries, rather than three.
+    packed: Option<usize>,
+    config: AttentionConfig,
+    drop: DropMask,
+}
+
+fn call() -> impl Strategy<Value = Call> {
+    let sizes = (0usize..3, 0usize..3, 0usize..3, 0usize..5, 0usize..5, 0usize..4);
+    let other = prop::option::weighted(0.1, prop::collection::vec(0usize..4, 0..6));
+    let dtype = || prop::sample::select(vec![DType::F32, DType::F64, DType::BF16, DType::U32]);
+    let number = || {
+        let numbers = [f64::NAN, f64::INFINITY, -1., 0., 1e-30, 0.7, 1e30];
+        prop::option::weighted(0.3, prop::sample::select(numbers.to_vec()))
+    };
+    let side = || prop::sample::select(vec![0, 1, 2, usize::MAX - 1, usize::MAX]);
+    let vector = |dtype: DType| {
+        let of = move |(len, value): (usize, f32)| {
+            Tensor::full(value, len, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+        };
+        prop::option::weighted(
+            0.3,
+            (0usize..4, prop::sample::select(vec![0., 1., 3., 9.])).prop_map(of),
+        )
+    };
+    let config = (
+        (number(), any::<bool>(), prop::option::weighted(0.3, (side(), side())), number()),
+        vector(DType::U32),
+        vector(DType::F32),
+    )
+        .prop_map(|((scale, causal, window, softcap), key_lengths, alibi_slopes)| {
+            AttentionConfig { scale, causal, window, softcap, key_lengths, alibi_slopes }
+        });
+    let full = || prop::collection::vec(0usize..6, 3..6);
+    let window = prop::option::weighted(0.3, (full(), full()));
+    let drop = (0u8..5, window).prop_map(|(quarters, window)| {
+        let drop = mask(f32::from(quarters) / 4.);
+        window.map_or(drop.clone(), |(full, start)| drop.window(&full, &start))
+    });
+    let dtypes = (dtype(), prop::option::weighted(0.1, dtype()))
+        .prop_map(|(dtype, other)| [dtype, other.unwrap_or(dtype)]);
+    (sizes, other, dtypes, prop::option::weighted(0.3, 0usize..4), config, drop).prop_map(
+        |((b, group, kv, sq, sk, d), other, dtypes, packed, config, drop)| {
+            let k = vec![b, kv, sk, d];
+            let v = other.unwrap_or_else(|| k.clone());
+            Call { dims: [vec![b, group * kv, sq, d], k, v], dtypes, packed, config, drop }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn a_call_succeeds_or_fails_but_never_panics(call in call()) {
+        let Call { dims, dtypes, packed, config, drop } = call;
+        let ones = |dims: &Vec<usize>, dtype| Var::ones(dims.as_slice(), dtype, &Device::Cpu).unwrap();
+        let [q, k, v] = [0, 1, 2].map(|i| ones(&dims[i], dtypes[usize::from(i == 2)]));
+        let (o, vars, shape) = match packed {
+            None => (attention(&q, &k, &v, &config, &drop), vec![&q, &k, &v], dims[0].clone()),
+            Some(heads) => {
+                let mut shape = dims[0].clone();
+                shape[2] = heads;
+                (attention_qkv(&q, heads, &config, &drop), vec![&q], shape)
+            }
+        };
+        if let Ok(o) = o {
+            prop_assert_eq!(o.dims(), shape);
+            let grads = o.backward().unwrap();
+            for var in vars {
+                prop_assert_eq!(grads.get(var).unwrap().dims(), var.dims());
+            }
+        }
+    }
 }
