@@ -14,8 +14,8 @@
 # missing, or the line does not matter and can go. Only the tests of the affected ops run. A marker
 # cannot stand in a macro, where a comment would swallow the next line; macros hold no logic anyway.
 #
-# MUTANTS=40 tries that many only: another choice whenever a kernel, a test or this script changes, so that
-# nothing else can bring up a survivor.
+# MUTANTS=40 tries that many only: another choice whenever a kernel, one of those tests or this script changes,
+# and the same until then.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || set -- kernels/*.cuh kernels/*.cu
@@ -191,7 +191,7 @@ export -f try_mutant ops_of
 for file in "$@"; do list_mutants "$file"; list_edits "$file"; done >"$work/mutants"
 echo "$(wc -l <"$work/mutants") mutants" >&2
 if [ -n "${MUTANTS:-}" ]; then
-  texts="$(cat kernels/* tests/kernels-on-cpu/*.* scripts/mutation-test.sh | sha256sum)"
+  texts="$(find kernels tests/kernels-on-cpu scripts/mutation-test.sh -type f | LC_ALL=C sort | xargs cat | sha256sum)"
   shuf -n "$MUTANTS" --random-source=<(yes "$texts") "$work/mutants" >"$work/choice"
   mv "$work/choice" "$work/mutants"
   echo "of which $(wc -l <"$work/mutants") are tried" >&2

@@ -663,6 +663,18 @@ pub fn masks() -> Vec<Form> {
     for drop_p in [1. / 65536., 65535. / 65536.] {
         forms.push(Form::new([40, 90, 8], drop_p));
     }
+    // A draw that equals the threshold is dropped, in either half of a word.
+    for element in [0, 1] {
+        let form = Form::new([3, 20, 8], 0.);
+        let of_threshold = |threshold: u32| {
+            Mask::from_start((65536 - threshold) as f32 / 65536., &form.dims(), &[0; 4])
+        };
+        // The draw is the largest threshold that drops its element.
+        let draw = (0..16).rev().map(|bit| 1 << bit).fold(0, |draw, bit| {
+            if of_threshold(draw + bit).keep[element] { draw } else { draw + bit }
+        });
+        forms.push(Form { mask: of_threshold(draw), ..form });
+    }
     forms
 }
 
