@@ -380,7 +380,9 @@ class Peers:
             print(f"peers: {what} is WRONG: {error}", file=sys.stderr, flush=True)
         except Exception as error:  # noqa: BLE001, whatever a missing backend raises
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            self.missing.append(f"{what}: {reason}")
+            # After an error of the device nothing else is right either.
+            broken = "CUDA error" in reason or "eager" in what
+            (self.wrong if broken else self.missing).append(f"{what}: {reason}")
             print(f"peers: {what} is not available: {reason}", file=sys.stderr, flush=True)
 
     def op(self, name, dtype, drop_p, shape):
@@ -487,7 +489,11 @@ class Peers:
             what = f"{op}, {backend.name}, {dtype}, drop p {drop_p}, {shape}"
             self.attempt(what, functools.partial(measure, backend))
 
-    def step(self, shape, heads, dtype, drop_p):
+    def steps(self, shape, heads, dtype, drop_p):
+        if drop_p == 0:
+            run, flop = matrix_products(shape, 96, heads, DTYPES[dtype], self.device)
+            self.add("matrix products alone", "gpt_step", "training_step", dtype, 0.0, shape,
+                     self.timer.time(1, lambda _: run()), flop=flop)
         for variant in ["eager"] + (["compile"] if self.args.compile else []):
             def measure():
                 torch.compiler.reset()
@@ -543,7 +549,7 @@ def tables(records, missing, wrong):
         body += line
         if drop_p > 0 or op in UNDROPPED:
             snippet += line
-    text = "Times a call; in brackets, over that of `candle-dropout, fused`.\n\n" + head + body
+    text = "Times a call; in brackets, over that of `candle-dropout, fused`.\n\n" + head + body if body else ""
     if not snippet:
         head = ""
     attention = [r for r in records if r["op"] in ATTENTION]
@@ -570,7 +576,7 @@ def tables(records, missing, wrong):
     for r in alone:
         text += (f"\nThe matrix products of the step alone, {r['library']}, {r['dtype']}: {r['ms']:.1f} ms, "
                  f"{r['flop'] / r['ms'] / 1e6:.0f} GFLOP/s.\n")
-    for title, cases in [("Wrong, so not timed", wrong), ("Not available here", missing)]:
+    for title, cases in [("Failed or wrong, so not timed", wrong), ("Not available here", missing)]:
         if cases:
             text += f"\n{title}:\n\n" + "".join(f"- {what}\n" for what in cases)
     return text, head + snippet
@@ -630,17 +636,16 @@ def main():
         op, dtype, drop_p, shape = case
         heads = max(4, shape[2] // 64) if op == "gpt_step" else None
         if op in OPS or op in UNDROPPED:
-            peers.op(op, dtype, drop_p, shape)
+            measure = lambda: peers.op(op, dtype, drop_p, shape)
         elif op in ATTENTION:
-            peers.attention(op, dtype, shape, drop_p)
+            measure = lambda: peers.attention(op, dtype, shape, drop_p)
         elif op == "copy":
-            peers.copy(dtype, shape)
+            measure = lambda: peers.copy(dtype, shape)
         elif op == "gpt_step":
-            if drop_p == 0:
-                run, flop = matrix_products(shape, 96, heads, DTYPES[dtype], device)
-                peers.add("matrix products alone", "gpt_step", "training_step", dtype, 0.0, shape,
-                          peers.timer.time(1, lambda _: run()), flop=flop)
-            peers.step(shape, heads, dtype, drop_p)
+            measure = lambda: peers.steps(shape, heads, dtype, drop_p)
+        else:
+            continue
+        peers.attempt(f"{op}, {dtype}, drop p {drop_p}, {shape}", measure)
         save()
     print(save())
     sys.exit(1 if peers.wrong else 0)
@@ -652,6 +657,8 @@ def save_results(path, results, section, records, peers, begin):
     wrong = section["data"].get("failures", []) + peers.wrong
     text, snippet = tables(records + peers.records, peers.missing, wrong)
     text = f"{versions}. {text}"
+    if not section["data"].get("complete", True):
+        text = f"The run of gpu_bundle was stopped before its end. {text}"
     data = dict(section["data"], records=records + peers.records)
     data["pytorch"] = {"version": torch.__version__, "threads": torch.get_num_threads(),
                        "not_available": peers.missing, "wrong": peers.wrong}
@@ -664,18 +671,22 @@ def save_results(path, results, section, records, peers, begin):
         data=data,
     )
     section = results["sections"][peers.args.section]
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=2)
-        file.write("\n")
     stem = path[: -len(".json")]
-    with open(stem + ".md", "w", encoding="utf-8") as file:
-        file.write(markdown(results))
-    with open(stem + "-readme.md", "w", encoding="utf-8") as file:
-        place = results["device"] if results["device"] != "cpu" else results["cpu"]
-        file.write(f"Measured on {place} ({results['threads']} threads) on {results['date']}, commit "
-                   f"{section['commit']}, {versions}, load average {section['load_average']}, all in one run: "
-                   f"`run.sh peers`. In brackets, the time over that of the fused op.\n\n{snippet}")
-    return f"{text}\nwritten to {path}, {stem}.md and {stem}-readme.md"
+    readme = f"{stem}-{peers.args.section}-readme.md"
+    place = results["device"] if results["device"] != "cpu" else results["cpu"]
+    replace(path, json.dumps(results, indent=2) + "\n")
+    replace(stem + ".md", markdown(results))
+    replace(readme, f"Measured on {place} ({results['threads']} threads) on {results['date']}, commit "
+                    f"{section['commit']}, {versions}, load average {section['load_average']}, all in one run: "
+                    f"`run.sh peers`. In brackets, the time over that of the fused op.\n\n{snippet}")
+    return f"{text}\nwritten to {path}, {stem}.md and {readme}"
+
+
+def replace(path, text):
+    """Writes a file as a whole: who is stopped on the way leaves the one before."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".new", path)
 
 
 def markdown(results):

@@ -6,7 +6,7 @@
 
 use std::fmt::Write;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_dropout::{
     AttentionConfig, AttentionMask, DropMask, attention, reference, softmax_dropout,
@@ -59,7 +59,7 @@ fn shapes(device: &Device, small: bool) -> Vec<[usize; 4]> {
 /// A tensor of scores has fewer bytes than this: candle's element-wise kernels count in 32 bits.
 const TOO_MANY_SCORES: usize = 8 << 30;
 
-/// A dtype and a shape of [`records`].
+/// What [`measure_all`] takes.
 pub fn cases(dtypes: Option<Vec<DType>>, device: &Device, small: bool) -> Vec<(DType, [usize; 4])> {
     let default =
         || if device.is_cuda() { vec![DType::BF16, DType::F16] } else { vec![DType::F32] };
@@ -69,9 +69,14 @@ pub fn cases(dtypes: Option<Vec<DType>>, device: &Device, small: bool) -> Vec<(D
         .collect()
 }
 
-pub fn records(timer: &Timer, dtype: DType, dims: [usize; 4]) -> Result<Vec<Record>> {
+/// Hands over a record at a time.
+pub fn measure_all(
+    timer: &Timer,
+    dtype: DType,
+    dims: [usize; 4],
+    mut add: impl FnMut(Record) -> Result<()>,
+) -> Result<()> {
     let device = &timer.device;
-    let mut records = Vec::new();
     let qkv = (0..3)
         .map(|_| Var::from_tensor(&Tensor::randn(0f32, 1., &dims[..], device)?.to_dtype(dtype)?));
     let qkv = qkv.collect::<candle_core::Result<Vec<_>>>()?;
@@ -81,12 +86,12 @@ pub fn records(timer: &Timer, dtype: DType, dims: [usize; 4]) -> Result<Vec<Reco
             for form in [Form::Fused, Form::Materialised] {
                 let scores = dims[0] * dims[1] * dims[2] * dims[2] * dtype.size_in_bytes();
                 if form == Form::Fused || scores < TOO_MANY_SCORES {
-                    measure(timer, form, &qkv, (op, causal), drop_p, &mut records)?;
+                    measure(timer, form, &qkv, (op, causal), drop_p, &mut add)?;
                 }
             }
         }
     }
-    Ok(records)
+    Ok(())
 }
 
 fn config(causal: bool) -> AttentionConfig {
@@ -105,35 +110,45 @@ fn run(form: Form, qkv: &[Tensor], causal: bool, drop: &DropMask) -> candle_core
     }
 }
 
-/// The last queries of the first head, and the gradient of each, against the formula in f64 with that part
-/// of the mask.
+/// The last queries of the first head, and the gradients of a loss that reads them alone, of those queries and of
+/// all keys and values of the head, against the formula in f64 with that part of the mask.
 fn check(qkv: &[Var], causal: bool, drop: &DropMask) -> Result<()> {
     let (b, h, s, d) = qkv[0].dims4()?;
-    let rows = s.min(32);
-    let dout = qkv[1].as_detached_tensor();
+    let (rows, device, dtype) = (s.min(32), qkv[0].device(), qkv[0].dtype());
+    let dout = Tensor::randn(0f32, 1., (1, 1, rows, d), device)?.to_dtype(dtype)?;
+    let dout_of_all = dout.pad_with_zeros(2, s - rows, 0)?;
+    let dout_of_all = dout_of_all.pad_with_zeros(1, 0, h - 1)?.pad_with_zeros(0, 0, b - 1)?;
     let o = attention(&qkv[0], &qkv[1], &qkv[2], &config(causal), drop)?;
-    let dq = (&o * &dout)?.backward()?.get(&qkv[0]).cloned();
+    let grads = (&o * &dout_of_all)?.backward()?;
     let part = |x: &Tensor, from: usize| -> candle_core::Result<Tensor> {
-        let rows = x.narrow(0, 0, 1)?.narrow(1, 0, 1)?.narrow(2, from, s - from)?;
+        let rows = x.narrow(0, 0, 1)?.narrow(1, 0, 1)?.narrow(2, from, x.dim(2)? - from)?;
         // Else all of x would travel.
         rows.force_contiguous()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)
     };
     let window = drop.window(&[b, h, s, s], &[0, 0, s - rows, 0]);
     let keep = window.to_tensor((1, 1, rows, s), &Device::Cpu)?;
-    let q = Var::from_tensor(&part(&qkv[0], s - rows)?)?;
-    let (k, v) = (part(&qkv[1], 0)?, part(&qkv[2], 0)?);
+    let firsts = [s - rows, 0, 0];
+    let exact_qkv = (qkv.iter().zip(firsts))
+        .map(|(x, from)| Var::from_tensor(&part(x, from)?))
+        .collect::<candle_core::Result<Vec<_>>>()?;
     let scale = drop.rate().scale().into();
-    let exact = reference::attention(&q, &k, &v, &config(causal), &keep, scale)?;
-    let exact_dq = (&exact * part(&dout, s - rows)?)?.backward()?.get(&q).cloned();
-    let tolerance = match qkv[0].dtype() {
+    let [q, k, v] = [0, 1, 2].map(|i| exact_qkv[i].as_tensor());
+    let exact = reference::attention(q, k, v, &config(causal), &keep, scale)?;
+    let exact_grads = (&exact * part(&dout, 0)?)?.backward()?;
+    let tolerance = match dtype {
         DType::F32 => 2e-5,
         DType::F16 => 4e-3,
         _ => 3e-2,
     };
-    for (what, ours, exact) in [("o", Some(o), Some(exact)), ("dq", dq, exact_dq)] {
-        let (Some(ours), Some(exact)) = (ours, exact) else { anyhow::bail!("{what} is missing") };
+    let mut results = vec![("o", part(&o, s - rows)?, exact)];
+    for (i, what) in ["dq", "dk", "dv"].into_iter().enumerate() {
+        let ours = grads.get(&qkv[i]).with_context(|| format!("{what} is missing"))?;
+        let exact = exact_grads.get(&exact_qkv[i]).with_context(|| format!("{what} is missing"))?;
+        results.push((what, part(ours, firsts[i])?, exact.clone()));
+    }
+    for (what, ours, exact) in results {
         let norm = |x: Tensor| x.sqr()?.sum_all()?.to_scalar::<f64>().map(f64::sqrt);
-        let off = norm((part(&ours, s - rows)? - &exact)?)? / norm(exact)?;
+        let off = norm((ours - &exact)?)? / norm(exact)?;
         ensure!(
             off <= tolerance,
             "attention on {:?}, D {d}, causal {causal}, {drop:?}: {what} is off by {off:e} and not timed",
@@ -151,7 +166,7 @@ fn measure(
     qkv: &[Var],
     (op, causal): (&str, bool),
     drop_p: f32,
-    records: &mut Vec<Record>,
+    add: &mut impl FnMut(Record) -> Result<()>,
 ) -> Result<()> {
     let (b, h, s, d) = qkv[0].dims4()?;
     let flop = 4. * (b * h * s * s * d) as f64 * if causal { 0.5 } else { 1. };
@@ -174,7 +189,7 @@ fn measure(
         record.again_ms = Some(timer.time(1, |_| work())?.ms);
         record.flop = Some(flop);
         record.peak_bytes = Some(peak.saturating_sub(before) as f64);
-        records.push(record);
+        add(record)?;
     }
     Ok(())
 }

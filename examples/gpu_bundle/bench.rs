@@ -91,12 +91,16 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
         copies: BTreeMap::new(),
         records: vec![],
         failures: vec![],
+        is_complete: false,
     };
+    let dtypes = args.dtypes()?;
+    // What an earlier run left is not taken for this one's.
+    bench.save()?;
     if args.is_wanted(Part::Attention) {
-        for (dtype, dims) in attention::cases(args.dtypes()?, device, small) {
+        for (dtype, dims) in attention::cases(dtypes.clone(), device, small) {
             bench.attempt(&format!("attention, {dtype:?}, {dims:?}"), |bench| {
-                bench.records.extend(attention::records(&bench.timer, dtype, dims)?);
-                Ok(())
+                let timer = bench.timer.clone();
+                attention::measure_all(&timer, dtype, dims, |record| bench.add(record))
             })?;
         }
     }
@@ -106,9 +110,10 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
         } else {
             vec![DType::F32]
         };
-        for dtype in args.dtypes()?.unwrap_or(default) {
+        for dtype in dtypes.unwrap_or(default) {
             for &bytes in &sizes {
-                bench.attempt(&format!("copy, {dtype:?}"), |bench| bench.copy(dtype, bytes))?;
+                let what = format!("copy, {dtype:?}, {bytes} bytes");
+                bench.attempt(&what, |bench| bench.copy(dtype, bytes))?;
                 for (name, op) in OPS {
                     for drop_p in DROP_PS {
                         // Without a rate dropout returns x itself; the others know no rate.
@@ -133,7 +138,8 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
     if args.is_wanted(Part::Step) {
         bench.attempt("GPT step", |bench| bench.steps(small))?;
     }
-    if args.section == "bench" && args.is_wanted(Part::Ops) {
+    bench.is_complete = true;
+    if args.section.starts_with("bench") && args.is_wanted(Part::Ops) {
         let svg = with_extension(&stem(&args.common.out, device)?, "svg");
         let title = cuda::name(device)?.unwrap_or_else(|| "CPU".into());
         plot::roofline(&svg, &title, &bench.records).context("cannot draw the plot")?;
@@ -191,6 +197,8 @@ struct Bench<'a> {
     records: Vec<Record>,
     /// What could not be measured, and why.
     failures: Vec<String>,
+    /// Nothing more is to come.
+    is_complete: bool,
 }
 
 /// The rows of x, or the samples, and what is in each.
@@ -221,8 +229,17 @@ impl Bench<'_> {
         self.save()
     }
 
+    fn add(&mut self, record: Record) -> Result<()> {
+        self.records.push(record);
+        self.save()
+    }
+
     fn markdown(&self) -> Result<String> {
-        let mut md = markdown(&self.records, self.args.common.small)?;
+        let mut md = String::new();
+        if !self.is_complete {
+            md.push_str("This run was stopped before its end.\n\n");
+        }
+        md += &markdown(&self.records, self.args.common.small)?;
         if !self.failures.is_empty() {
             md.push_str("\nFailed, so not timed:\n\n");
         }
@@ -235,7 +252,8 @@ impl Bench<'_> {
     fn save(&self) -> Result<()> {
         let Args { common, section, .. } = self.args;
         let data = serde_json::json!({
-            "small": common.small, "records": self.records, "failures": self.failures
+            "small": common.small, "complete": self.is_complete, "records": self.records,
+            "failures": self.failures
         });
         let seconds = self.begin.elapsed().as_secs_f64();
         let device = &self.timer.device;
@@ -375,7 +393,7 @@ impl Bench<'_> {
                         let what = [library, variant, op, pass, dtype.as_str()];
                         let mut record = Record::new(what, drop_p, branch.dims(), time()?);
                         record.again_ms = Some(time()?.ms);
-                        self.records.push(record);
+                        self.add(record)?;
                     }
                 }
             }
@@ -407,7 +425,7 @@ impl Bench<'_> {
                 ["candle", "matrix products alone", "gpt_step", "training_step", dtype.as_str()];
             let mut record = Record::new(what, 0., &dims, timing);
             record.flop = Some(products.flop());
-            self.records.push(record);
+            self.add(record)?;
             for drop_p in DROP_PS {
                 for form in FORMS {
                     let mut step = Step::new(form, &size, drop_p, dtype, &device)?;
@@ -418,7 +436,7 @@ impl Bench<'_> {
                     let what = [library, variant, "gpt_step", "training_step", dtype.as_str()];
                     let mut record = Record::new(what, drop_p, &dims, timing);
                     record.again_ms = Some(self.timer.time(1, |_| step.run())?.ms);
-                    self.records.push(record);
+                    self.add(record)?;
                 }
             }
         }

@@ -168,9 +168,16 @@ pub fn save_section(
         data,
     };
     results.sections.insert(name.into(), section);
-    std::fs::write(&json, serde_json::to_string_pretty(&results)? + "\n")?;
-    std::fs::write(&md, results.markdown()?)?;
+    replace(&json, &(serde_json::to_string_pretty(&results)? + "\n"))?;
+    replace(&md, &results.markdown()?)?;
     Ok(json)
+}
+
+/// Writes a file as a whole: who is stopped on the way leaves the one before.
+fn replace(path: &Path, text: &str) -> Result<()> {
+    let new = with_extension(path, "new");
+    std::fs::write(&new, text).with_context(|| format!("cannot write {}", new.display()))?;
+    std::fs::rename(&new, path).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// `Path::with_extension` would replace what follows a dot in the name.

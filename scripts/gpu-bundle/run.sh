@@ -16,8 +16,8 @@
 # DTYPES, f32, f16 or bf16, likewise (bench: all; peers: bf16, on the CPU f32); SIZES, bytes of x, likewise;
 # LIMIT, seconds that a program may take (any).
 #
-# Results: <device>-<date>.json, .md, .svg and -readme.md, train.json, train.svg, run.log; bench and peers save
-# what they have after each measurement.
+# Results: <device>-<date>.json, .md, .svg and -peers-readme.md, train.json, train.svg, run.log. bench and peers
+# save what they have after each measurement; choices have sections of their own, so one run adds to another.
 #
 # Exit codes: 0 all right, 1 something failed (the end of the output says what), 2 bad arguments,
 # 3 no CUDA device here: the CPU half of each ran instead, and was right.
@@ -31,8 +31,12 @@ case "$out" in /*) ;; *) out="$invoked_from/$out" ;; esac
 python="${PYTHON:-python3}"
 small=()
 [ "${SMALL:-0}" = 0 ] || small=(--small)
-chosen=()
-[ -z "${ONLY:-}" ] || chosen+=(--only "$ONLY")
+only=()
+[ -z "${ONLY:-}" ] || only=(--only "$ONLY")
+choice="${ONLY:+-$ONLY}${DTYPES:+-$DTYPES}${SIZES:+-$SIZES}"
+choice="${choice//,/_}"
+limited=()
+[ -z "${LIMIT:-}" ] || limited=(timeout --foreground -k 10 "$LIMIT")
 all=(correctness sanitize bench peers memory train)
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
@@ -144,7 +148,7 @@ else
   echo "no CUDA device: $no_device."
   echo "Running the CPU half of each step; the exit code will be 3."
 fi
-bundle() { timeout "${LIMIT:-0}" "bin/gpu_bundle-$device" "$@"; }
+bundle() { "${limited[@]}" "bin/gpu_bundle-$device" "$@"; }
 
 # ---- the steps ----
 
@@ -169,12 +173,11 @@ sanitize() {
   }
   # Races of cuBLAS are not ours to judge: racecheck looks at the kernels of this crate, those whose name
   # contains one of these. (initcheck has to see who writes, whoever that is.)
-  local ours=
-  for tool in drop attention rope_fwd cross_entropy; do ours+=" --kernel-regex kns=$tool"; done
-  for tool in memcheck initcheck "racecheck$ours"; do
+  for tool in memcheck initcheck 'racecheck --kernel-regex kns=drop' 'racecheck --kernel-regex kns=attention' \
+    'racecheck --kernel-regex kns=rope_fwd' 'racecheck --kernel-regex kns=cross_entropy'; do
     echo "-- $tool"
     # shellcheck disable=SC2086 # a tool and its flags
-    timeout "${LIMIT:-0}" "$sanitizer" --tool $tool --error-exitcode 9 bin/gpu_bundle-cuda correctness --small \
+    "${limited[@]}" "$sanitizer" --tool $tool --error-exitcode 9 bin/gpu_bundle-cuda correctness --small \
       --device cuda --out "$probe/sanitize" | tail -n 30 || status=1
   done
   return "$status"
@@ -186,19 +189,19 @@ export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
 
 peers() {
-  local sizes=67108864 dtypes=f32 section="peers${ONLY:+-$ONLY}"
+  local sizes=67108864 dtypes=f32 section="peers$choice"
   [ "$device" = cpu ] || { sizes=67108864,1073741824 && dtypes=bf16; }
   [ ${#small[@]} -eq 0 ] || sizes=16384
   # What fails is in the results, beside what does not.
   local status=0
   bundle bench --section "$section" --sizes "${SIZES:-$sizes}" --dtypes "${DTYPES:-$dtypes}" --device "$device" \
-    --out "$out" "${chosen[@]}" "${small[@]}" || status=1
-  "$python" -c 'import torch' 2>/dev/null || {
+    --out "$out" "${only[@]}" "${small[@]}" || status=1
+  LD_LIBRARY_PATH="$outer_library_path" "$python" -c 'import torch' 2>/dev/null || {
     echo "$python has no PyTorch; name an interpreter that has: PYTHON=/path/to/python ./run.sh peers"
     return 1
   }
   # Our library path is not PyTorch's, which brings its own libraries.
-  LD_LIBRARY_PATH="$outer_library_path" timeout "${LIMIT:-0}" "$python" torch_peers.py --section "$section" \
+  LD_LIBRARY_PATH="$outer_library_path" "${limited[@]}" "$python" torch_peers.py --section "$section" \
     --device "$device" --out "$out" "${small[@]}" ${PEERS_FLAGS:-} || status=1
   return "$status"
 }
@@ -217,9 +220,8 @@ if is_wanted correctness; then
 fi
 if is_wanted sanitize; then run_step sanitize sanitize; fi
 if is_wanted bench; then
-  [ -z "${DTYPES:-}" ] || chosen+=(--dtypes "$DTYPES")
-  [ -z "${SIZES:-}" ] || chosen+=(--sizes "$SIZES")
-  run_step bench bundle bench --device "$device" --out "$out" "${chosen[@]}" "${small[@]}"
+  run_step bench bundle bench --section "bench$choice" --device "$device" --out "$out" "${only[@]}" \
+    ${DTYPES:+--dtypes "$DTYPES"} ${SIZES:+--sizes "$SIZES"} "${small[@]}"
 fi
 if is_wanted peers; then run_step peers peers; fi
 if is_wanted memory; then

@@ -63,8 +63,8 @@ const NAME: &str = "attention";
 /// `k` or `v` do not fit `q` or one another; `scale` is not finite as an f32; `softcap` is not finite and
 /// positive; `key_lengths` is not u32 of shape `[B]` or `alibi_slopes` not f32 of shape `[H]`, or one is on
 /// another device or tracks a gradient; the window of `drop` does not fit `[B, H, Sq, Sk]`; a size is
-/// 2^31 - 256 or more. On CUDA also: `D` is above 256, or the dtype is a half and the GPU has a compute
-/// capability below 8.0.
+/// 2^31 - 256 or more. On CUDA also: `D` is above 256, or the dtype is a half and the GPU, or what the
+/// crate was built for, has a compute capability below 8.0.
 ///
 /// Dao, "FlashAttention-2", 2023, arXiv 2307.08691 (algorithms 1 and 2); Shazeer, "Fast Transformer
 /// decoding: one write-head is all you need", 2019, arXiv 1911.02150; Ainslie et al., "GQA", 2023, arXiv
