@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,7 +17,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use candle_dropout::{DropMask, RopeStyle, cross_entropy, dropout_add_norm, reference, rope};
 
 use crate::candle_gpt::MatrixProducts;
-use crate::results::{Record, save_section, stem, with_extension};
+use crate::results::{Record, print_section, stem, with_extension, write_section};
 use crate::runner::{NORM_EPS, Op, SCALE, beyond_the_naive_error, mask};
 use crate::step::{FORMS, Form, Step, check_agree, size};
 use crate::timing::{Budget, Timer, Timing};
@@ -112,23 +113,7 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
         };
         for dtype in dtypes.unwrap_or(default) {
             for &bytes in &sizes {
-                let what = format!("copy, {dtype:?}, {bytes} bytes");
-                bench.attempt(&what, |bench| bench.copy(dtype, bytes))?;
-                for (name, op) in OPS {
-                    for drop_p in DROP_PS {
-                        // Without a rate dropout returns x itself; the others know no rate.
-                        let is_listed = match op {
-                            Op::Dropout => drop_p > 0.,
-                            Op::Rope | Op::CrossEntropy => drop_p == 0.,
-                            _ => true,
-                        };
-                        if is_listed {
-                            let what = format!("{name}, {dtype:?}, {bytes} bytes, drop p {drop_p}");
-                            bench
-                                .attempt(&what, |bench| bench.op(name, op, dtype, bytes, drop_p))?;
-                        }
-                    }
-                }
+                bench.ops(dtype, bytes)?;
             }
         }
     }
@@ -144,8 +129,7 @@ pub fn run(args: &Args, device: &Device) -> Result<bool> {
         let title = cuda::name(device)?.unwrap_or_else(|| "CPU".into());
         plot::roofline(&svg, &title, &bench.records).context("cannot draw the plot")?;
     }
-    println!("{}", bench.markdown()?);
-    bench.save()?;
+    print_section(&bench.save()?, &bench.markdown()?);
     Ok(bench.failures.is_empty())
 }
 
@@ -226,12 +210,12 @@ impl Bench<'_> {
             eprintln!("bench: FAILED: {what}: {reason}");
         }
         eprintln!("bench: {what}, {:.0} s", self.begin.elapsed().as_secs_f64());
-        self.save()
+        self.save().map(|_| ())
     }
 
     fn add(&mut self, record: Record) -> Result<()> {
         self.records.push(record);
-        self.save()
+        self.save().map(|_| ())
     }
 
     fn markdown(&self) -> Result<String> {
@@ -249,7 +233,7 @@ impl Bench<'_> {
         Ok(md)
     }
 
-    fn save(&self) -> Result<()> {
+    fn save(&self) -> Result<PathBuf> {
         let Args { common, section, .. } = self.args;
         let data = serde_json::json!({
             "small": common.small, "complete": self.is_complete, "records": self.records,
@@ -257,8 +241,7 @@ impl Bench<'_> {
         });
         let seconds = self.begin.elapsed().as_secs_f64();
         let device = &self.timer.device;
-        save_section(&common.out, device, section, seconds, self.markdown()?, data)?;
-        Ok(())
+        write_section(&common.out, device, section, seconds, &self.markdown()?, data)
     }
 
     /// Random tensors, one for each argument, from `set`.
@@ -272,6 +255,27 @@ impl Bench<'_> {
             Ok(Tensor::randn(0f32, 1., dims, device)?.to_dtype(dtype)?)
         };
         op.arguments(dims).into_iter().enumerate().map(random).collect()
+    }
+
+    /// A plain copy of x, and each op at each rate.
+    fn ops(&mut self, dtype: DType, bytes: usize) -> Result<()> {
+        let of_size = format!("{dtype:?}, {bytes} bytes");
+        self.attempt(&format!("copy, {of_size}"), |bench| bench.copy(dtype, bytes))?;
+        for (name, op) in OPS {
+            let drop_ps: &[f32] = match op {
+                // Without a rate it returns x itself.
+                Op::Dropout => &DROP_PS[1..],
+                // These know no rate.
+                Op::Rope | Op::CrossEntropy => &DROP_PS[..1],
+                _ => &DROP_PS,
+            };
+            for &drop_p in drop_ps {
+                self.attempt(&format!("{name}, {of_size}, drop p {drop_p}"), |bench| {
+                    bench.op(name, op, dtype, bytes, drop_p)
+                })?;
+            }
+        }
+        Ok(())
     }
 
     fn copy(&mut self, dtype: DType, bytes: usize) -> Result<()> {
@@ -304,7 +308,7 @@ impl Bench<'_> {
         let constants = constants(op, &args[0][0])?;
         let fused = |args: &[Tensor]| fused(op, args, &constants, &drop);
         let chain = |args: &[Tensor]| chain(op, args, &constants, drop_p);
-        check_chain(op, &args[0], &fused, &chain, drop_p)?;
+        check_chain(op, drop_p, &fused(&args[0])?[0], &chain(&args[0])?[0])?;
 
         let keep = drop.to_tensor(op.mask_dims(&dims[..1]), &Device::Cpu)?;
         let kept = match op {
@@ -629,20 +633,14 @@ fn check(op: Op, dims: &[usize], args: &[Tensor], drop: &DropMask, dtype: DType)
 
 /// Demands that candle's chain computes the same thing, if not with the same draws: that its output has
 /// the same mean absolute value.
-fn check_chain(
-    op: Op,
-    args: &[Tensor],
-    fused: &dyn Fn(&[Tensor]) -> candle_core::Result<Vec<Tensor>>,
-    chain: &dyn Fn(&[Tensor]) -> candle_core::Result<Vec<Tensor>>,
-    drop_p: f32,
-) -> Result<()> {
-    let elements = args[0].elem_count();
-    if op == Op::DropPathAddRow && drop_p > 0. || elements < CHECKED_WHOLE {
+fn check_chain(op: Op, drop_p: f32, ours: &Tensor, theirs: &Tensor) -> Result<()> {
+    let is_loss = op == Op::CrossEntropy;
+    if op == Op::DropPathAddRow && drop_p > 0. || !is_loss && ours.elem_count() < CHECKED_WHOLE {
         return Ok(());
     }
-    let tolerance = if op == Op::CrossEntropy { 1e-4 } else { 0.02 };
+    let tolerance = if is_loss { 1e-4 } else { 0.02 };
     let mean = |y: &Tensor| y.abs()?.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>();
-    let ratio = mean(&chain(args)?[0])? / mean(&fused(args)?[0])?;
+    let ratio = mean(theirs)? / mean(ours)?;
     ensure!(
         (ratio - 1.).abs() < tolerance,
         "candle's chain for {op:?} computes something else: {ratio}"

@@ -102,7 +102,8 @@ pub fn run(args: &Common, device: &Device) -> Result<bool> {
     let right = failures.is_empty();
     let seconds = begin.elapsed().as_secs_f64();
     let data = serde_json::json!({ "small": args.small, "cases": cases, "groups": groups });
-    results::write_section(&args.out, device, "correctness", seconds, md, data)?;
+    let json = results::write_section(&args.out, device, "correctness", seconds, &md, data)?;
+    results::print_section(&json, &md);
     Ok(right)
 }
 

@@ -110,7 +110,8 @@ pub fn run(args: &Common, device: &Device) -> Result<bool> {
     write_branches(&mut markdown, &branches)?;
     let seconds = begin.elapsed().as_secs_f64();
     let data = serde_json::json!({ "small": args.small, "peaks": peaks, "branches": branches });
-    results::write_section(&args.out, device, "memory", seconds, markdown, data)?;
+    let json = results::write_section(&args.out, device, "memory", seconds, &markdown, data)?;
+    results::print_section(&json, &markdown);
     Ok(true)
 }
 

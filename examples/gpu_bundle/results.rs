@@ -119,28 +119,13 @@ pub fn stem(out: &Path, device: &Device) -> Result<PathBuf> {
     Ok(out.join(format!("{}-{}", words.join("-"), today())))
 }
 
-/// Adds or replaces a section in the results of a device, and prints it.
+/// Adds or replaces a section in the results of a device. Returns the path of their JSON file.
 pub fn write_section(
     out: &Path,
     device: &Device,
     name: &str,
     seconds: f64,
-    markdown: String,
-    data: Value,
-) -> Result<()> {
-    print!("{markdown}");
-    let json = save_section(out, device, name, seconds, markdown, data)?;
-    println!("\nwritten to {} and .md", json.display());
-    Ok(())
-}
-
-/// The same in silence, for a section that is still to grow. Returns the path of the JSON file.
-pub fn save_section(
-    out: &Path,
-    device: &Device,
-    name: &str,
-    seconds: f64,
-    markdown: String,
+    markdown: &str,
     data: Value,
 ) -> Result<PathBuf> {
     std::fs::create_dir_all(out)
@@ -164,13 +149,18 @@ pub fn save_section(
         commit: commit(),
         seconds,
         load_average: load_average(),
-        markdown,
+        markdown: markdown.into(),
         data,
     };
     results.sections.insert(name.into(), section);
     replace(&json, &(serde_json::to_string_pretty(&results)? + "\n"))?;
     replace(&md, &results.markdown()?)?;
     Ok(json)
+}
+
+/// Tells people what was written, and where.
+pub fn print_section(json: &Path, markdown: &str) {
+    println!("{markdown}\nwritten to {} and .md", json.display());
 }
 
 /// Writes a file as a whole: who is stopped on the way leaves the one before.
