@@ -10,7 +10,8 @@ Run it with another interpreter than the first python3 with PyTorch through run.
 
 Timed as examples/gpu_bundle/timing.rs does: launches between two CUDA events (on the CPU: two readings of
 the clock), up to 64 sets of arguments in turn so that the last cache holds few of them, the median of many
-samples and its quartiles. Nothing is timed before it agrees with the formula in f64 under the mask it drew.
+samples and its quartiles. No op is timed before it agrees, backward too, with the formula in f64 under the mask it
+drew; of attention the output is compared.
 """
 
 import argparse
@@ -370,20 +371,17 @@ class Peers:
         record["pass"] = which
         self.records.append(record)
 
-    def attempt(self, what, work):
-        """Runs work; a backend that does not exist here is noted, and so is a wrong result, which is not timed."""
+    def attempt(self, what, work, may_lack=False):
+        """Runs work. What fails is noted and the rest goes on: as wrong, or where it may_lack, as not available."""
         try:
             work()
             print(f"peers: {what}", file=sys.stderr, flush=True)
-        except AssertionError as error:
-            self.wrong.append(f"{what}: {error}")
-            print(f"peers: {what} is WRONG: {error}", file=sys.stderr, flush=True)
         except Exception as error:  # noqa: BLE001, whatever a missing backend raises
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             # After an error of the device nothing else is right either.
-            broken = "CUDA error" in reason or "eager" in what
-            (self.wrong if broken else self.missing).append(f"{what}: {reason}")
-            print(f"peers: {what} is not available: {reason}", file=sys.stderr, flush=True)
+            lacks = may_lack and not isinstance(error, AssertionError) and "CUDA error" not in reason
+            (self.missing if lacks else self.wrong).append(f"{what}: {reason}")
+            print(f"peers: {what} {'is not available' if lacks else 'FAILED'}: {reason}", file=sys.stderr, flush=True)
 
     def op(self, name, dtype, drop_p, shape):
         if name in OPS:
@@ -424,7 +422,7 @@ class Peers:
 
         for variant, op in variants.items():
             what = f"{name}, {variant}, {dtype}, drop p {drop_p}, {shape}"
-            self.attempt(what, functools.partial(measure, variant, op))
+            self.attempt(what, functools.partial(measure, variant, op), may_lack=variant != "eager")
 
     def copy(self, dtype, shape):
         sets = self.timer.sets(2 * DTYPES[dtype].itemsize * math.prod(shape))
@@ -487,7 +485,7 @@ class Peers:
         for backend in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION,
                         SDPBackend.CUDNN_ATTENTION):
             what = f"{op}, {backend.name}, {dtype}, drop p {drop_p}, {shape}"
-            self.attempt(what, functools.partial(measure, backend))
+            self.attempt(what, functools.partial(measure, backend), may_lack=True)
 
     def steps(self, shape, heads, dtype, drop_p):
         if drop_p == 0:
@@ -500,7 +498,8 @@ class Peers:
                 step = gpt_step(shape, 96, heads, DTYPES[dtype], drop_p, self.device, variant == "compile")
                 self.add(variant, "gpt_step", "training_step", dtype, drop_p, shape,
                          self.timer.time(1, lambda _: step()))
-            self.attempt(f"GPT step, {variant}, {dtype}, drop p {drop_p}", measure)
+            what = f"GPT step, {variant}, {dtype}, drop p {drop_p}"
+            self.attempt(what, measure, may_lack=variant != "eager")
 
 
 def find_results(out, device, section):
@@ -544,7 +543,7 @@ def tables(records, missing, wrong):
         for column in columns:
             ms = row.get(column)
             ratio = f" ({ms / ours:.2f}x)" if ms and ours and column != columns[0] else ""
-            cells.append(f"{float(f'{ms:.3g}'):g} ms{ratio}" if ms else "-")
+            cells.append(f"{short(ms)} ms{ratio}" if ms else "-")
         line = f"| `{op}` | {which} | {dtype} | {drop_p} | {list(shape)} | " + " | ".join(cells) + " |\n"
         body += line
         if drop_p > 0 or op in UNDROPPED:
@@ -582,30 +581,38 @@ def tables(records, missing, wrong):
     return text, head + snippet
 
 
+def short(number):
+    return f"{float(f'{number:.3g}'):g}"
+
+
 def attention_snippet(records):
-    """A line for each shape, pass and rate: ours, the materialised form and the fastest of PyTorch's backends."""
-    text = ("\n| op | shape | pass | drop p | candle-dropout | GFLOP/s | cost of dropout | peak | materialised | its peak | "
-            "pytorch |\n" + "|---" * 11 + "|\n")
-    lines = collections.OrderedDict()
+    """A line for each shape: ours without dropout and with it, forward and with backward, and of each the time of the
+    fastest of PyTorch's backends over it."""
+    cases, rates = collections.OrderedDict(), sorted({round(r["drop_p"], 4) for r in records})
     for r in records:
-        key = (r["op"], tuple(r["shape"]), r["pass"], r["dtype"], round(r["drop_p"], 4))
-        lines.setdefault(key, []).append(r)
-    for (op, shape, which, dtype, drop_p), forms in lines.items():
-        ours = [r for r in forms if r["variant"] == "fused"]
-        if not ours:
-            continue
-        ours = ours[0]
-        ratio = lambda r: f"{float(format(r['ms'], '.3g')):g} ms ({r['ms'] / ours['ms']:.2f}x)"
-        peak = lambda r: f"{r['peak_bytes'] / 1e6:.1f} MB" if r.get("peak_bytes") else "-"
-        undropped = [r["ms"] for r in lines.get((op, shape, which, dtype, 0.0), []) if r["variant"] == "fused"]
-        cost = f"{ours['ms'] / undropped[0] - 1:+.0%}" if drop_p > 0 and undropped else "-"
-        materialised = [r for r in forms if r["variant"] == "materialised"]
-        torchs = sorted((r for r in forms if is_peer_record(r)), key=lambda r: r["ms"])
-        text += (f"| `{op}`, {dtype} | {list(shape)} | {which} | {drop_p} | {float(format(ours['ms'], '.3g')):g} ms | "
-                 f"{ours['flop'] / ours['ms'] / 1e6:.0f} | {cost} | {peak(ours)} | "
-                 f"{ratio(materialised[0]) if materialised else '-'} | "
-                 f"{peak(materialised[0]) if materialised else '-'} | "
-                 f"{ratio(torchs[0]) + ' ' + torchs[0]['variant'] if torchs else '-'} |\n")
+        case = cases.setdefault((r["dtype"], tuple(r["shape"]), r["op"]), {})
+        form = "pytorch" if is_peer_record(r) else r["variant"]
+        case.setdefault((form, r["pass"], round(r["drop_p"], 4)), []).append(r)
+    best = lambda case, form, which, p: min(case.get((form, which, p), []), key=lambda r: r["ms"], default=None)
+    text = "\n| dtype | [B, H, S, D] | |"
+    for p in rates:
+        text += f" p = {p:.2g} | PyTorch |"
+    text += " GFLOP/s | materialised | peak memory, ours and materialised |\n" + "|---" * (6 + 2 * len(rates)) + "|\n"
+    for (dtype, shape, op), case in cases.items():
+        def both(show, form, p):
+            pairs = [(best(case, form, which, p), best(case, "fused", which, p)) for which in ("forward", "forward_backward")]
+            return ", ".join(show(*pair) if all(pair) else "-" for pair in pairs)
+
+        over = lambda r, ours: f"{r['ms'] / ours['ms']:.2f}x"
+        text += f"| {dtype} | {list(shape)} | {'causal' if op == 'attention_causal' else 'full'} |"
+        for p in rates:
+            fastest = (best(case, "pytorch", which, p) for which in ("forward", "forward_backward"))
+            name = "".join(f" {variant}" for variant in sorted({r["variant"] for r in fastest if r}))
+            text += f" {both(lambda r, _: short(r['ms']), 'fused', p)} | {both(over, 'pytorch', p)}{name} |"
+        ours, theirs = (best(case, form, "forward_backward", rates[-1]) for form in ("fused", "materialised"))
+        peak = lambda r: f"{r['peak_bytes'] / 1e6:.0f}" if r and r.get("peak_bytes") else "-"
+        rate = f"{ours['flop'] / ours['ms'] / 1e6:.0f}" if ours else "-"
+        text += f" {rate} | {both(over, 'materialised', rates[-1])} | {peak(ours)}, {peak(theirs)} MB |\n"
     return text
 
 
