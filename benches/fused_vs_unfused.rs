@@ -18,12 +18,16 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_dropout::{
     AttentionConfig, AttentionMask, CrossEntropyConfig, DropMask, MaskKey, Rope, RopeConfig,
     StochasticDepth, attention, cross_entropy, drop_path_add, drop_path_kept, dropout, dropout_add,
-    reference, softmax_dropout,
+    softmax_dropout,
 };
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rayon::prelude::*;
+
+#[allow(dead_code)]
+#[path = "../tests/common/reference.rs"]
+mod reference;
 
 const DROP_P: f32 = 0.1;
 const COLS: usize = 1024;

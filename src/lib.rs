@@ -46,8 +46,6 @@ mod input;
 mod layers;
 mod mask;
 pub mod ops;
-#[doc(hidden)]
-pub mod reference;
 mod transformer;
 
 pub use candle_nn::LayerNormConfig;

@@ -8,10 +8,9 @@ use std::fmt::Write;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::{
-    AttentionConfig, AttentionMask, DropMask, attention, reference, softmax_dropout,
-};
+use candle_dropout::{AttentionConfig, AttentionMask, DropMask, attention, softmax_dropout};
 
+use crate::common::reference;
 use crate::memory::{forget_peak, used_and_peak};
 use crate::results::Record;
 use crate::runner::mask;

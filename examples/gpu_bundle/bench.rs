@@ -14,9 +14,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{D, DType, Device, Tensor, Var};
-use candle_dropout::{DropMask, RopeStyle, cross_entropy, dropout_add_norm, reference, rope};
+use candle_dropout::{DropMask, RopeStyle, cross_entropy, dropout_add_norm, rope};
 
 use crate::candle_gpt::MatrixProducts;
+use crate::common::reference;
 use crate::results::{Record, print_section, stem, with_extension, write_section};
 use crate::runner::{NORM_EPS, Op, SCALE, beyond_the_naive_error, mask};
 use crate::step::{FORMS, Form, Step, check_agree, size};
