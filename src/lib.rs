@@ -33,7 +33,6 @@
 
 mod claim;
 mod elem;
-mod init;
 mod lanes;
 mod launch;
 mod layers;
@@ -46,9 +45,9 @@ pub mod reference;
 mod rows;
 mod simd;
 mod transformer;
+mod vars;
 
 pub use candle_nn::LayerNormConfig;
-pub use init::seeded_var_builder;
 pub use layers::{
     DropPath, Dropout, LayerNorm, MultiHeadAttention, MultiHeadAttentionConfig, RmsNorm, Rope,
     RopeConfig, RopeScaling, layer_norm, layer_norm_no_bias, rms_norm, set_seed,
@@ -59,9 +58,8 @@ pub use ops::{
     StochasticDepth, activation_dropout, attention, attention_qkv, cross_entropy, drop_path_add,
     drop_path_kept, dropout, dropout_add, dropout_add_norm, linear, rope, softmax_dropout,
 };
-pub use transformer::{
-    Architecture, GenerationConfig, Transformer, TransformerConfig, pretrained_var_builder,
-};
+pub use transformer::{Architecture, GenerationConfig, Transformer, TransformerConfig};
+pub use vars::{pretrained_var_builder, seeded_var_builder};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]
