@@ -41,17 +41,16 @@ mod check;
 mod cpu;
 mod cuda;
 mod graph;
-mod init;
 mod input;
 mod layers;
 mod mask;
 pub mod ops;
 mod transformer;
+mod vars;
 
 pub use candle_nn::LayerNormConfig;
 #[doc(hidden)]
 pub use cuda::sizes;
-pub use init::seeded_var_builder;
 pub use layers::{
     DropPath, Dropout, LayerNorm, MultiHeadAttention, MultiHeadAttentionConfig, RmsNorm, Rope,
     RopeConfig, RopeScaling, layer_norm, layer_norm_no_bias, rms_norm, set_seed,
@@ -60,9 +59,8 @@ pub use layers::{
 pub use mask::MaskArgs;
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
 pub use ops::*;
-pub use transformer::{
-    Architecture, GenerationConfig, Transformer, TransformerConfig, pretrained_var_builder,
-};
+pub use transformer::{Architecture, GenerationConfig, Transformer, TransformerConfig};
+pub use vars::{pretrained_var_builder, seeded_var_builder};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]

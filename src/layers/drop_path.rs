@@ -2,8 +2,9 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 
-use super::dropout::next_mask;
-use crate::{DropMask, MaskGenerator, StochasticDepth, drop_path_add, drop_path_kept};
+use super::site::Site;
+use crate::mask::{DropMask, MaskGenerator};
+use crate::ops::{StochasticDepth, drop_path_add, drop_path_kept};
 
 /// Stochastic depth as a layer: adds a residual branch that is dropped as a whole in training.
 ///
@@ -30,15 +31,14 @@ use crate::{DropMask, MaskGenerator, StochasticDepth, drop_path_add, drop_path_k
 /// ```
 #[derive(Clone, Debug)]
 pub struct DropPath {
-    drop_p: f32,
+    site: Site,
     mode: StochasticDepth,
-    generator: Arc<MaskGenerator>,
 }
 
 impl DropPath {
     /// A layer that drops its branch with probability `drop_p`, sample by sample.
     pub fn new(drop_p: f32, generator: Arc<MaskGenerator>) -> Self {
-        Self { drop_p, mode: StochasticDepth::Row, generator }
+        Self { site: Site::new(drop_p, generator), mode: StochasticDepth::Row }
     }
 
     /// Layer `layer` (1 to `n_layer`) of the linear schedule `p_l = l/L * p_L` (section 3 of the
@@ -68,7 +68,7 @@ impl DropPath {
 
     /// The drop probability.
     pub fn drop_p(&self) -> f32 {
-        self.drop_p
+        self.site.drop_p()
     }
 
     /// What this layer drops together.
@@ -82,7 +82,7 @@ impl DropPath {
     /// # Errors
     /// The rate is no probability.
     pub fn next_mask(&self, train: bool) -> Result<DropMask> {
-        next_mask(self.drop_p, &self.generator, train)
+        self.site.next_mask(train)
     }
 
     /// `residual + branch`, with the branch dropped at random if `train` is true.

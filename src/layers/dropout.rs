@@ -2,17 +2,9 @@ use std::sync::Arc;
 
 use candle_core::{ModuleT, Result, Tensor};
 
-use crate::{DropMask, MaskGenerator, MaskState, dropout};
-
-/// Serves [`Dropout::new`], which has no generator of its own.
-static DEFAULT_GENERATOR: MaskGenerator = MaskGenerator::new(0);
-
-/// Restarts the process-wide generator that [`Dropout::new`] draws from.
-///
-/// A model that is trained beside others owns a generator instead ([`Dropout::with_generator`]).
-pub fn set_seed(seed: u64) {
-    DEFAULT_GENERATOR.restore(MaskState { seed, counter: 0 });
-}
+use super::site::Site;
+use crate::mask::{DropMask, MaskGenerator};
+use crate::ops::dropout;
 
 /// Dropout as a layer; a drop-in for `candle_nn::Dropout`.
 ///
@@ -42,20 +34,17 @@ pub fn set_seed(seed: u64) {
 /// # }
 /// ```
 #[derive(Clone, Debug)]
-pub struct Dropout {
-    drop_p: f32,
-    generator: Option<Arc<MaskGenerator>>,
-}
+pub struct Dropout(Site);
 
 impl Dropout {
-    /// A layer that draws from the process-wide generator; see [`set_seed`].
+    /// A layer that draws from the process-wide generator; see [`set_seed`](crate::set_seed).
     pub fn new(drop_p: f32) -> Self {
-        Self { drop_p, generator: None }
+        Self(Site::process_wide(drop_p))
     }
 
     /// A layer that draws from a generator shared within one model.
     pub fn with_generator(drop_p: f32, generator: Arc<MaskGenerator>) -> Self {
-        Self { drop_p, generator: Some(generator) }
+        Self(Site::new(drop_p, generator))
     }
 
     /// The mask of this call: for fused ops that apply the dropout themselves.
@@ -63,8 +52,7 @@ impl Dropout {
     /// # Errors
     /// The rate is no probability.
     pub fn next_mask(&self, train: bool) -> Result<DropMask> {
-        let generator = self.generator.as_deref().unwrap_or(&DEFAULT_GENERATOR);
-        next_mask(self.drop_p, generator, train)
+        self.0.next_mask(train)
     }
 
     /// Applies dropout if `train` is true.
@@ -81,11 +69,4 @@ impl ModuleT for Dropout {
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         self.forward(xs, train)
     }
-}
-
-/// The mask of one call of a dropout site: exactly one key if `train`, whatever the rate, else
-/// none. The rate is checked either way, before a key is drawn.
-pub(super) fn next_mask(drop_p: f32, generator: &MaskGenerator, train: bool) -> Result<DropMask> {
-    let rate = crate::Rate::new(drop_p)?;
-    Ok(if train { DropMask::with_rate(rate, generator.next_key()) } else { DropMask::none() })
 }

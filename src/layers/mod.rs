@@ -5,9 +5,11 @@ mod dropout;
 mod multi_head_attention;
 mod norm;
 mod rope;
+mod site;
 
 pub use drop_path::DropPath;
-pub use dropout::{Dropout, set_seed};
+pub use dropout::Dropout;
 pub use multi_head_attention::{MultiHeadAttention, MultiHeadAttentionConfig};
 pub use norm::{LayerNorm, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm};
 pub use rope::{Rope, RopeConfig, RopeScaling};
+pub use site::set_seed;

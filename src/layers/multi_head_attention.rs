@@ -3,8 +3,9 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, bail};
 use candle_nn::{Linear, Module, VarBuilder, linear_b};
 
-use super::dropout::Dropout;
-use crate::{AttentionConfig, MaskGenerator, attention_qkv};
+use super::site::Site;
+use crate::mask::MaskGenerator;
+use crate::ops::{AttentionConfig, attention_qkv};
 
 /// Sizes and settings of a [`MultiHeadAttention`].
 #[derive(Clone, Debug)]
@@ -86,7 +87,7 @@ pub struct MultiHeadAttention {
     num_kv_heads: usize,
     head_dim: usize,
     attention: AttentionConfig,
-    drop: Dropout,
+    drop: Site,
 }
 
 impl MultiHeadAttention {
@@ -126,7 +127,7 @@ impl MultiHeadAttention {
         }
         let head_dim = config.head_dim.unwrap_or(hidden_size / num_heads);
         let projected = (num_heads + 2 * num_kv_heads) * head_dim;
-        crate::Rate::new(config.drop_p)?;
+        let drop = Site::new(config.drop_p, generator).checked()?;
         Ok(Self {
             qkv_proj: linear_b(hidden_size, projected, config.bias, vb.pp("qkv_proj"))?,
             o_proj: linear_b(num_heads * head_dim, hidden_size, config.bias, vb.pp("o_proj"))?,
@@ -134,7 +135,7 @@ impl MultiHeadAttention {
             num_kv_heads,
             head_dim,
             attention: config.attention.clone(),
-            drop: Dropout::with_generator(config.drop_p, generator),
+            drop,
         })
     }
 

@@ -1,7 +1,7 @@
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, LayerNormConfig, VarBuilder};
 
-use crate::Norm;
+use crate::ops::Norm;
 
 /// LayerNorm as a layer, with a gradient; a drop-in for `candle_nn::LayerNorm`, whose forward pass
 /// ends the graph on contiguous input, so that everything upstream trains as if frozen.

@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use crate::{RopeStyle, rope};
+use crate::ops::{RopeStyle, rope};
 
 /// What the angles of a [`Rope`] follow from.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,16 +1,18 @@
-//! Seeded parameter initialisation.
+//! Weights drawn from a seed.
 //!
 //! Candle's CPU generator cannot be seeded, and its other generators hand out numbers in the order
 //! in which parameters happen to be created. Here every parameter owns a stream of its own, chosen
 //! by (seed, parameter name): two models built from one seed start from equal weights on every
 //! device, in whatever order they create them, and adding a layer changes no other layer's weights.
 
-use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail};
 use candle_nn::init::NormalOrUniform;
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
 use rand::RngCore;
 use rand_distr::{Distribution, StandardNormal, StandardUniform};
+
+use super::lock;
 
 /// A [`VarBuilder`] that creates trainable variables in `vars`, each drawn from (`seed`, its full
 /// name).
@@ -56,12 +58,7 @@ struct SeededInit {
 
 impl SeededInit {
     fn existing(&self, name: &str) -> Result<Option<Tensor>> {
-        match self.vars.data().lock() {
-            Ok(vars) => Ok(vars.get(name).map(|var| var.as_tensor().clone())),
-            Err(_) => candle_core::bail!(
-                "init: the variable map is poisoned: a thread panicked while it held it"
-            ),
-        }
+        Ok(lock(&self.vars, "init")?.get(name).map(|var| var.as_tensor().clone()))
     }
 }
 
@@ -76,7 +73,7 @@ impl SimpleBackend for SeededInit {
     ) -> Result<Tensor> {
         if let Some(tensor) = self.existing(name)? {
             if tensor.shape() != &shape {
-                candle_core::bail!(
+                bail!(
                     "init: {name}: expected shape {shape:?}, the variable map holds {:?}",
                     tensor.shape()
                 )
@@ -87,21 +84,17 @@ impl SimpleBackend for SeededInit {
         let values =
             Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
         let var = Var::from_tensor(&values)?;
-        match self.vars.data().lock() {
-            // Two threads may have drawn the same variable: the first one in stays.
-            Ok(mut vars) => Ok(vars.entry(name.to_string()).or_insert(var).as_tensor().clone()),
-            Err(_) => candle_core::bail!(
-                "init: the variable map is poisoned: a thread panicked while it held it"
-            ),
-        }
+        // Two threads may have drawn the same variable: the first one in stays.
+        let mut vars = lock(&self.vars, "init")?;
+        Ok(vars.entry(name.to_string()).or_insert(var).as_tensor().clone())
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
         match self.existing(name)? {
             Some(tensor) => Ok(tensor),
-            None => candle_core::bail!(
-                "init: {name} does not exist yet and has no shape: call `get` with a shape"
-            ),
+            None => {
+                bail!("init: {name} does not exist yet and has no shape: call `get` with a shape")
+            }
         }
     }
 
@@ -137,9 +130,7 @@ fn normal(
     count: usize,
 ) -> Result<Vec<f64>> {
     if !(stdev.is_finite() && stdev >= 0.0) {
-        candle_core::bail!(
-            "init: {name}: expected a finite standard deviation of at least 0, got {stdev}"
-        )
+        bail!("init: {name}: expected a finite standard deviation of at least 0, got {stdev}")
     }
     let mut sample = || -> f64 { StandardNormal.sample(&mut rng) };
     Ok((0..count).map(|_| mean + stdev * sample()).collect())
@@ -147,9 +138,7 @@ fn normal(
 
 fn uniform(mut rng: SplitMix64, lo: f64, up: f64, name: &str, count: usize) -> Result<Vec<f64>> {
     if !(lo.is_finite() && up.is_finite() && lo <= up) {
-        candle_core::bail!(
-            "init: {name}: expected finite uniform bounds lo <= up, got lo {lo}, up {up}"
-        )
+        bail!("init: {name}: expected finite uniform bounds lo <= up, got lo {lo}, up {up}")
     }
     let mut sample = || -> f64 { StandardUniform.sample(&mut rng) };
     Ok((0..count).map(|_| lo + (up - lo) * sample()).collect())

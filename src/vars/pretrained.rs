@@ -1,8 +1,7 @@
-//! Weights as Hugging Face publishes them: a folder of `config.json` and `model.safetensors`.
+//! Weights as Hugging Face publishes them: a folder with `model.safetensors`.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::safetensors::BufferedSafetensors;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail};
@@ -10,33 +9,7 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
 use serde::Deserialize;
 
-use super::{Transformer, TransformerConfig};
-use crate::mask::MaskGenerator;
-
-impl TransformerConfig {
-    /// Reads `config.json` of a checkpoint's folder.
-    ///
-    /// # Errors
-    /// The file cannot be read, or see [`from_hf_config`](Self::from_hf_config).
-    pub fn from_pretrained(dir: impl AsRef<Path>) -> Result<Self> {
-        Self::from_hf_config(&read(&dir.as_ref().join("config.json"))?)
-    }
-}
-
-impl Transformer {
-    /// A published model, for use: its weights are constants. To train it on, see
-    /// [`pretrained_var_builder`].
-    ///
-    /// # Errors
-    /// Those of [`TransformerConfig::from_pretrained`] and [`pretrained_var_builder`], and of
-    /// [`new`](Self::new): the file lacks a weight, or holds one of another shape.
-    pub fn from_pretrained(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let config = TransformerConfig::from_pretrained(&dir)?;
-        let checkpoint = Checkpoint::open(dir.as_ref())?;
-        let vb = VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone());
-        Self::new(&config, Arc::new(MaskGenerator::new(0)), vb)
-    }
-}
+use super::lock;
 
 /// A [`VarBuilder`] that takes weights from a checkpoint's folder and makes each one that is asked
 /// for a trainable variable of `vars`: for fine-tuning.
@@ -77,7 +50,21 @@ pub fn pretrained_var_builder(
     Ok(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()))
 }
 
-fn read(path: &Path) -> Result<String> {
+/// A [`VarBuilder`] that takes weights from a checkpoint's folder as constants: for use.
+///
+/// # Errors
+/// Those of [`pretrained_var_builder`].
+pub(crate) fn checkpoint_var_builder(
+    dir: impl AsRef<Path>,
+    dtype: DType,
+    device: &Device,
+) -> Result<VarBuilder<'static>> {
+    let checkpoint = Checkpoint::open(dir.as_ref())?;
+    Ok(VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone()))
+}
+
+/// The text of a file of a checkpoint's folder.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(text),
         Err(error) => bail!("checkpoint: {}: expected a text file: {error}", path.display()),
@@ -167,7 +154,7 @@ fn files(dir: &Path) -> Result<BTreeSet<String>> {
     struct Index {
         weight_map: HashMap<String, String>,
     }
-    match serde_json::from_str::<Index>(&read(&index)?) {
+    match serde_json::from_str::<Index>(&read_text(&index)?) {
         Ok(index) => Ok(index.weight_map.into_values().collect()),
         Err(error) => bail!("checkpoint: {}: {error}: download it again", index.display()),
     }
@@ -182,9 +169,7 @@ struct PretrainedVars {
 impl PretrainedVars {
     /// The variable of this name, made by `load` if there is none.
     fn var(&self, name: &str, load: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
-        let Ok(mut vars) = self.vars.data().lock() else {
-            bail!("checkpoint: the variable map is poisoned: a thread panicked while it held it")
-        };
+        let mut vars = lock(&self.vars, "checkpoint")?;
         if let Some(var) = vars.get(name) {
             return Ok(var.as_tensor().clone());
         }
