@@ -31,7 +31,7 @@ build() { # <cpu or cuda> <flags of cargo>
   local flavour="$1" executable
   shift
   say "building for $flavour"
-  executable="$(cargo build --locked --release --example gpu_bundle "$@" --message-format json-render-diagnostics |
+  executable="$(cargo build --locked --release -p gpu_bundle "$@" --message-format json-render-diagnostics |
     python3 -c 'import json, sys
 for line in sys.stdin:
     message = json.loads(line)

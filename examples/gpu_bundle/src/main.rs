@@ -3,9 +3,9 @@
 //! CPU:
 //!
 //! ```text
-//! cargo run --release --example gpu_bundle -- correctness
-//! cargo run --release --example gpu_bundle -- bench --small
-//! cargo run --release --features cuda --example gpu_bundle -- bench --device cuda
+//! cargo run --release -p gpu_bundle -- correctness
+//! cargo run --release -p gpu_bundle -- bench --small
+//! cargo run --release -p gpu_bundle --features cuda -- bench --device cuda
 //! ```
 //!
 //! Results go to `--out` as `<device>-<date>.json`, `.md` and `.svg`; every subcommand adds its section
@@ -25,15 +25,15 @@ mod results;
 mod step;
 mod timing;
 
-#[path = "../../tests/common/attention.rs"]
+#[path = "../../../tests/common/attention.rs"]
 mod attention_runner;
-#[path = "../../tests/common/mod.rs"]
+#[path = "../../../tests/common/mod.rs"]
 mod common;
-// As the root of an example of its own it has a `main`, which nobody calls here.
+// As the root of an example it has a `main`, which nobody calls here.
 #[allow(dead_code)]
-#[path = "../pretrain_vs_finetune/main.rs"]
+#[path = "../../pretrain_vs_finetune/main.rs"]
 mod pretrain_vs_finetune;
-#[path = "../../tests/common/runner.rs"]
+#[path = "../../../tests/common/runner.rs"]
 mod runner;
 
 use std::path::PathBuf;
