@@ -41,8 +41,6 @@ mod mask;
 mod matmul;
 pub mod ops;
 mod parallel;
-#[doc(hidden)]
-pub mod reference;
 mod rows;
 mod simd;
 mod transformer;

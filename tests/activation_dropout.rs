@@ -1,10 +1,8 @@
 //! The gated forms of `activation_dropout`, whose output is no shape of its input, and what it refuses.
 
-mod common;
-
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{Activation, DropMask, MaskKey, activation_dropout, reference};
-use common::{bits, random};
+use candle_dropout::{Activation, DropMask, MaskKey, activation_dropout};
+use cases::{bits, random};
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.max_all()?.to_scalar()
@@ -31,7 +29,9 @@ fn gated_forms_and_their_gradients_agree_with_the_formula() -> Result<()> {
                         } else {
                             let keep = drop.to_tensor((rows, cols), &Device::Cpu)?;
                             let scale = drop.rate().scale().into();
-                            reference::activation_dropout(&x, biased, activation, &keep, scale)?
+                            cases::activation_dropout::formula(
+                                &x, biased, activation, &keep, scale,
+                            )?
                         };
                         let grads = (&y * dy.to_dtype(dtype)?)?.backward()?;
                         let mut results = vec![y, grads.get(&x).unwrap().clone()];

@@ -1,11 +1,9 @@
 //! The cross entropy: what halves are computed in, large logits, ignored rows, PyTorch's figures, and
 //! what is refused.
 
-mod common;
-
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{CrossEntropyConfig, cross_entropy, reference};
-use common::{bits, random};
+use candle_dropout::{CrossEntropyConfig, cross_entropy};
+use cases::{bits, random};
 
 fn targets(rows: usize, classes: usize) -> Result<Tensor> {
     let target = |row: usize| if row % 7 == 2 { -100 } else { ((row * 31 + 5) % classes) as i64 };
@@ -119,7 +117,8 @@ fn smoothing_a_large_vocabulary_far_from_0_keeps_its_digits() -> Result<()> {
     let targets = Tensor::new(&[7u32, 0, 50_256], &Device::Cpu)?;
     for label_smoothing in [0.1, 1.] {
         let config = smoothed(label_smoothing);
-        let exact = reference::cross_entropy(&logits.to_dtype(DType::F64)?, &targets, &config)?;
+        let exact =
+            cases::cross_entropy::formula(&logits.to_dtype(DType::F64)?, &targets, &config)?;
         let [loss, _] = run(&logits, &targets, &config)?;
         let off = f64::from(loss.to_scalar::<f32>()?) / exact.to_scalar::<f64>()? - 1.;
         assert!(off.abs() < 2e-7, "off by {off}");
@@ -192,7 +191,8 @@ fn the_loss_agrees_with_the_formula_over_a_large_vocabulary() -> Result<()> {
     let logits = (random(&[9, 50_257], DType::F64, 1)? * 4.)?;
     let targets = targets(9, 50_257)?;
     for config in [smoothed(0.), smoothed(0.1)] {
-        let exact = reference::cross_entropy(&logits, &targets, &config)?.to_scalar::<f64>()?;
+        let exact =
+            cases::cross_entropy::formula(&logits, &targets, &config)?.to_scalar::<f64>()?;
         let ours = run(&logits.to_dtype(DType::F32)?, &targets, &config)?;
         let off = f64::from(ours[0].to_scalar::<f32>()?) / exact - 1.;
         assert!(off.abs() < 2e-7, "off by {off}");

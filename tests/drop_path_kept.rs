@@ -1,7 +1,5 @@
 //! Stochastic depth that computes only the kept samples equals the one that computes them all.
 
-mod common;
-
 use std::cell::Cell;
 use std::sync::Arc;
 
@@ -9,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_dropout::{
     DropMask, DropPath, MaskGenerator, MaskKey, StochasticDepth, drop_path_add, drop_path_kept,
 };
-use common::{bits, random};
+use cases::{bits, random};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 const N: usize = 6;

@@ -1,14 +1,12 @@
 //! What `dropout_add_norm` and the norms promise beyond their formula, which `ops.rs` checks.
 
-mod common;
-
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_dropout::{
     DropMask, LayerNorm, MaskKey, Norm, dropout_add, dropout_add_norm, layer_norm,
     layer_norm_no_bias, ops, rms_norm,
 };
 use candle_nn::{Linear, Optimizer, SGD, VarBuilder, VarMap};
-use common::{bits, random};
+use cases::{bits, random};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 
@@ -62,7 +60,7 @@ fn either_result_alone_has_its_gradient() -> Result<()> {
 fn a_large_mean_does_not_hurt_the_variance() -> Result<()> {
     let z = (random(&[4, 1000], DType::F32, 1)? + 3e4)?;
     let norm = Norm::layer_norm(Tensor::ones(1000, DType::F32, &Device::Cpu)?, None, 0.);
-    let exact = candle_dropout::reference::norm(
+    let exact = cases::norm::formula(
         &z.to_dtype(DType::F64)?,
         &Norm::layer_norm(Tensor::ones(1000, DType::F64, &Device::Cpu)?, None, 0.),
     )?;

@@ -14,7 +14,7 @@ use candle_nn::{AdamW, Optimizer, VarMap, loss::cross_entropy};
 const CHECKPOINTS: [&str; 4] = ["gpt2", "gpt2_bare", "llama", "llama3"];
 
 fn folder(checkpoint: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(checkpoint)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(checkpoint)
 }
 
 fn expected(checkpoint: &str) -> Result<HashMap<String, Tensor>> {

@@ -1,17 +1,15 @@
 //! What the layers promise: they stand in for candle's, and draw one key a call in training.
 
-mod common;
-
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_dropout::{
     AttentionConfig, DropMask, DropPath, Dropout, MaskGenerator, MaskKey, MaskState,
     MultiHeadAttention, MultiHeadAttentionConfig, StochasticDepth, drop_path_add, dropout,
-    reference, seeded_var_builder, set_seed,
+    seeded_var_builder, set_seed,
 };
 use candle_nn::VarMap;
-use common::{bits, random};
+use cases::{bits, random};
 
 fn generator(seed: u64) -> Arc<MaskGenerator> {
     Arc::new(MaskGenerator::new(seed))
@@ -299,7 +297,7 @@ fn multi_head_attention_is_its_formula_and_every_parameter_learns() -> Result<()
     let drop = DropMask::new(0.3, MaskKey::derive(7, 0))?;
     let (keep, scale) = (drop.to_tensor((b, h, s, s), &Device::Cpu)?, drop.rate().scale().into());
     let config = AttentionConfig { causal: true, ..Default::default() };
-    let o = reference::attention(&q, &k, &v, &config, &keep, scale)?;
+    let o = cases::attention::formula(&q, &k, &v, &config, &keep, scale)?;
     let expected = linear(&o.transpose(1, 2)?.reshape((b, s, h * d))?, "o_proj")?;
     let error = |a: &Tensor, b: &Tensor| (a - b)?.abs()?.max_all()?.to_scalar::<f64>();
     assert!(error(&y, &expected)? < 1e-12);

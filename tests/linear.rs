@@ -1,10 +1,8 @@
 //! `linear` against candle's chain of `matmul` and `broadcast_add` in f64, and what it refuses.
 
-mod common;
-
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_dropout::linear;
-use common::{bits, random};
+use cases::{bits, random};
 
 type Forward = dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>;
 

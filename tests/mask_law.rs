@@ -1,8 +1,6 @@
 //! The mask law on the CPU: against vectors of an independent implementation, by its statistics, and
 //! under every window and instruction set.
 
-mod common;
-
 use std::process::Command;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -10,7 +8,7 @@ use candle_dropout::{
     AttentionMask, DropMask, MaskKey, Rate, StochasticDepth, drop_path_add, dropout, dropout_add,
     softmax_dropout,
 };
-use common::{bits, random};
+use cases::{bits, random};
 use proptest::prelude::*;
 
 /// A bound on a standard normal variable that a sound mask passes but once in 150,000 checks.

@@ -1,11 +1,9 @@
 //! Rotary embeddings: tables for each batch entry, offsets into a cache, the views that projections
 //! leave, candle's own, and what is refused.
 
-mod common;
-
 use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
-use candle_dropout::{Rope, RopeConfig, RopeScaling, RopeStyle, reference, rope};
-use common::{bits, random};
+use candle_dropout::{Rope, RopeConfig, RopeScaling, RopeStyle, rope};
+use cases::{bits, random};
 
 const STYLES: [RopeStyle; 2] = [RopeStyle::HalfSplit, RopeStyle::Interleaved];
 
@@ -60,7 +58,7 @@ fn tables_for_each_batch_entry_agree_with_the_formula() -> Result<()> {
                 let run = |fused: bool, dtype: DType| -> Result<[Tensor; 2]> {
                     let var = Var::from_tensor(&x.to_dtype(dtype)?)?;
                     let (cos, sin) = (cos.to_dtype(dtype)?, sin.to_dtype(dtype)?);
-                    let op = if fused { rope } else { reference::rope };
+                    let op = if fused { rope } else { cases::rope::formula };
                     let y = op(&var, &cos, &sin, style)?;
                     let grads = (&y * dy.to_dtype(dtype)?)?.backward()?;
                     Ok([y, grads.get(&var).expect("a gradient").clone()])

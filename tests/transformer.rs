@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_dropout::{
     Activation, Architecture, AttentionMask, DropMask, GenerationConfig, MaskGenerator, MaskKey,
-    Norm, RopeScaling, Transformer, TransformerConfig, reference, seeded_var_builder,
+    Norm, RopeScaling, Transformer, TransformerConfig, seeded_var_builder,
 };
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
 
@@ -298,7 +298,7 @@ fn reference_logits(
                 Norm::layer_norm(weight, bias, config.norm_eps)
             }
         };
-        reference::norm(x, &norm)
+        cases::norm::formula(x, &norm)
     };
     let linear = |x: &Tensor, name: String| {
         let weight = var(&format!("{name}.weight"));
@@ -326,7 +326,7 @@ fn reference_logits(
     let mut masks = masks.iter();
     let mut next = || masks.next().unwrap();
     let (keep, scale) = next();
-    let mut x = reference::dropout(&x, keep, *scale)?;
+    let mut x = cases::dropout::formula(&x, keep, *scale)?;
     for layer in 0..config.num_hidden_layers {
         let of = |llama: &str, gpt2: &str| match is_llama {
             true => format!("model.layers.{layer}.{llama}"),
@@ -351,12 +351,12 @@ fn reference_logits(
         let scores = q.matmul(&k.t()?.contiguous()?)?;
         let of_key = 1. / ((c / h) as f64).sqrt();
         let weights =
-            reference::softmax_dropout(&scores, of_key, &AttentionMask::Causal, keep, *scale)?;
+            cases::softmax_dropout::formula(&scores, of_key, &AttentionMask::Causal, keep, *scale)?;
         let y = weights.matmul(&v)?.transpose(1, 2)?.reshape((b, t, c))?;
         let mut add = |x: &Tensor, y: Tensor| {
             let ((keep, scale), (path_keep, path_scale)) = (next(), next());
-            let y = reference::dropout(&y, keep, *scale)?;
-            reference::drop_path_add(&y, x, path_keep, *path_scale)
+            let y = cases::dropout::formula(&y, keep, *scale)?;
+            cases::drop_path_add::formula(&y, x, path_keep, *path_scale)
         };
         x = add(&x, linear(&y, of("self_attn.o_proj", "attn.c_proj"))?)?;
         let n = norm(&x, of("post_attention_layernorm", "ln_2"))?;
@@ -366,7 +366,7 @@ fn reference_logits(
         } else {
             let u = linear(&n, of("", "mlp.c_fc"))?;
             let all = Tensor::ones(u.shape(), DType::U8, &Device::Cpu)?;
-            reference::activation_dropout(&u, None, Activation::GeluTanh, &all, 1.)
+            cases::activation_dropout::formula(&u, None, Activation::GeluTanh, &all, 1.)
         };
         x = add(&x, linear(&y?, of("mlp.down_proj", "mlp.c_proj"))?)?;
     }

@@ -1,9 +1,9 @@
 //! One attention on a device against its naive formula in f64 with the same mask: sizes, views, bounds.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{AttentionConfig, DropMask, Rate, attention, reference};
+use candle_dropout::{AttentionConfig, DropMask, Rate, attention};
 
-use crate::common::random;
+use crate::common::{random, reference};
 
 /// Sizes of an attention.
 #[derive(Clone, Copy, Debug)]

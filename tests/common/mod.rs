@@ -1,5 +1,7 @@
 //! What the test files share.
 
+pub mod reference;
+
 use candle_core::{DType, Device, Result, Tensor};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::StdRng};

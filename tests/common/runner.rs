@@ -5,10 +5,10 @@ use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_dropout::{
     Activation, AttentionMask, CrossEntropyConfig, DropMask, MaskKey, Norm, Rate, RopeStyle,
     StochasticDepth, activation_dropout, cross_entropy, drop_path_add, drop_path_kept, dropout,
-    dropout_add, dropout_add_norm, reference, rope, softmax_dropout,
+    dropout_add, dropout_add_norm, rope, softmax_dropout,
 };
 
-use crate::common::random;
+use crate::common::{random, reference};
 
 pub const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 

@@ -1,7 +1,7 @@
 //! `kernels/dropout_add_norm.cu`: the stream bit for bit the CPU op, the rest against its formula in f64.
 
 use candle_core::{D, DType, Tensor, Var};
-use candle_dropout::{Norm, dropout_add, reference};
+use candle_dropout::{Norm, dropout_add};
 
 use crate::common::*;
 use crate::harness::Program;
@@ -108,7 +108,7 @@ fn forward<T: Element>() {
         let z = dropout_add(&x_tensor, &stream_tensor, bias_tensor.as_ref(), &mask.drop).unwrap();
         let wide_norm = wide_norm(&weight, norm_bias.as_deref(), removes_mean);
         let wide_z = z.to_dtype(DType::F64).unwrap();
-        let n = reference::norm(&wide_z, &wide_norm).unwrap();
+        let n = cases::norm::formula(&wide_z, &wide_norm).unwrap();
         let n_terms = norm_terms(&wide_z, &wide_norm);
 
         cases.push(
@@ -150,7 +150,7 @@ fn norm_alone<T: Element>() {
     for &[rows, cols] in SHAPES {
         let (z, weight): (Vec<T>, Vec<T>) = (random(1, rows * cols), random(2, cols));
         let (wide_z, wide_norm) = (wide(&z, &[rows, cols]), wide_norm(&weight, None, true));
-        let n = reference::norm(&wide_z, &wide_norm).unwrap();
+        let n = cases::norm::formula(&wide_z, &wide_norm).unwrap();
         let launch = norm(rows, cols, MULTIPROCESSORS[cases.len() % 2]);
         let case = case::<T>("dropout_add_norm_fwd", launch);
         cases.push(
@@ -218,7 +218,7 @@ fn backward<T: Element>() {
                 false => Norm::rms_norm(weight_var.as_tensor().clone(), EPS.into())
                     .with_bias(bias_var.as_tensor().clone()),
             };
-            let n = reference::norm(&z_var, &norm).unwrap();
+            let n = cases::norm::formula(&z_var, &norm).unwrap();
             let grads = (n * wide(&dn, &[rows, cols])).unwrap().backward().unwrap();
             let grad = |var: &Var| values::<f64>(grads.get(var).unwrap());
 

@@ -306,7 +306,7 @@ fn run(executable: &Path, cases: &[Case]) -> Result<Vec<Outputs>, Failure> {
 
 /// Preprocesses, rewrites and compiles one kernel file, unless the very same program exists.
 fn build(source: &str) -> Result<PathBuf, String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let here = "tests/kernels-on-cpu";
     // A replaced folder keeps its builds to itself, and takes them along when it is deleted.
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));

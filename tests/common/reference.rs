@@ -5,14 +5,16 @@
 //! Each is a chain of candle operations, written as the formula reads, so it works in every float
 //! dtype: in f64 it is the reference, in the dtype of an op it shows which error the op may have. Its
 //! gradients are candle's own. `keep` is 1 where an element is kept and 0 where it is dropped (u8, as
-//! [`DropMask::to_tensor`](crate::DropMask::to_tensor) gives it); `drop_scale` is
-//! [`Rate::scale`](crate::Rate::scale).
+//! [`DropMask::to_tensor`](candle_dropout::DropMask::to_tensor) gives it); `drop_scale` is
+//! [`Rate::scale`](candle_dropout::Rate::scale).
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::{Activation, AttentionConfig, AttentionMask, CrossEntropyConfig, Norm, RopeStyle};
+use candle_dropout::{
+    Activation, AttentionConfig, AttentionMask, CrossEntropyConfig, Norm, RopeStyle,
+};
 
-/// `keep ? x * drop_scale : 0`; see [`dropout`](crate::dropout).
+/// `keep ? x * drop_scale : 0`; see [`dropout`](candle_dropout::dropout).
 ///
 /// # Errors
 /// `keep` has not the shape of `x`.
@@ -21,7 +23,7 @@ pub fn dropout(x: &Tensor, keep: &Tensor, drop_scale: f64) -> Result<Tensor> {
     keep.where_cond(&kept, &kept.zeros_like()?)
 }
 
-/// `residual + (keep ? (x + bias) * drop_scale : 0)`; see [`dropout_add`](crate::dropout_add).
+/// `residual + (keep ? (x + bias) * drop_scale : 0)`; see [`dropout_add`](candle_dropout::dropout_add).
 ///
 /// # Errors
 /// The shapes or dtypes differ.
@@ -41,7 +43,7 @@ pub fn dropout_add(
     keep.where_cond(&kept, residual)
 }
 
-/// `keep ? act(x + bias) * drop_scale : 0`; see [`activation_dropout`](crate::activation_dropout).
+/// `keep ? act(x + bias) * drop_scale : 0`; see [`activation_dropout`](candle_dropout::activation_dropout).
 ///
 /// # Errors
 /// The shapes or dtypes differ.
@@ -93,7 +95,7 @@ pub fn norm(z: &Tensor, norm: &Norm) -> Result<Tensor> {
 }
 
 /// `z = residual + (keep ? (x + bias) * drop_scale : 0)` and its norm; see
-/// [`dropout_add_norm`](crate::dropout_add_norm).
+/// [`dropout_add_norm`](candle_dropout::dropout_add_norm).
 ///
 /// # Errors
 /// The shapes or dtypes differ.
@@ -117,7 +119,7 @@ pub fn dropout_add_norm(
 }
 
 /// `keep ? softmax(scale * scores + mask) * drop_scale : 0`, with zeros in rows of which every key is
-/// masked; see [`softmax_dropout`](crate::softmax_dropout).
+/// masked; see [`softmax_dropout`](candle_dropout::softmax_dropout).
 ///
 /// # Errors
 /// The shapes or dtypes differ.
@@ -155,7 +157,7 @@ fn softmax(t: &Tensor) -> Result<Tensor> {
     e.broadcast_div(&sum)
 }
 
-/// `o = y · v` with `y` the dropout of the softmax of the scores; see [`attention`](crate::attention()).
+/// `o = y · v` with `y` the dropout of the softmax of the scores; see [`attention`](candle_dropout::attention()).
 ///
 /// # Errors
 /// The shapes or dtypes differ.
@@ -210,7 +212,7 @@ pub fn attention(
     dropout(&softmax(&t)?, keep, drop_scale)?.matmul(&shared(v)?)
 }
 
-/// `residual[n] + (keep[n] ? x[n] * drop_scale : 0)`; see [`drop_path_add`](crate::drop_path_add).
+/// `residual[n] + (keep[n] ? x[n] * drop_scale : 0)`; see [`drop_path_add`](candle_dropout::drop_path_add).
 ///
 /// `keep` has one entry for each sample, or one for all.
 ///
@@ -231,7 +233,7 @@ pub fn drop_path_add(
 }
 
 /// Mean of `-(1 - eps) log p[target] - eps / V Σ log p` over the rows whose target is not ignored, with
-/// `p = softmax(logits)`; see [`cross_entropy`](crate::cross_entropy()).
+/// `p = softmax(logits)`; see [`cross_entropy`](candle_dropout::cross_entropy()).
 ///
 /// # Errors
 /// The shapes differ, or a target is no class.
@@ -261,7 +263,7 @@ pub fn cross_entropy(
     mean.to_dtype(if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 })
 }
 
-/// `(x1 cos - x2 sin, x1 sin + x2 cos)` for each pair; see [`rope`](crate::rope()).
+/// `(x1 cos - x2 sin, x1 sin + x2 cos)` for each pair; see [`rope`](candle_dropout::rope()).
 ///
 /// # Errors
 /// The shapes or dtypes differ.
