@@ -31,32 +31,29 @@
 //! ```
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
-mod claim;
-mod elem;
+mod check;
+mod cpu;
+mod cuda;
+mod graph;
 mod init;
-mod lanes;
-mod launch;
+mod input;
 mod layers;
 mod mask;
-mod matmul;
 pub mod ops;
-mod parallel;
-mod rows;
-mod simd;
 mod transformer;
 
 pub use candle_nn::LayerNormConfig;
+#[doc(hidden)]
+pub use cuda::sizes;
 pub use init::seeded_var_builder;
 pub use layers::{
     DropPath, Dropout, LayerNorm, MultiHeadAttention, MultiHeadAttentionConfig, RmsNorm, Rope,
     RopeConfig, RopeScaling, layer_norm, layer_norm_no_bias, rms_norm, set_seed,
 };
+#[doc(hidden)]
+pub use mask::MaskArgs;
 pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
-pub use ops::{
-    Activation, AttentionConfig, AttentionMask, CrossEntropyConfig, Norm, RopeStyle,
-    StochasticDepth, activation_dropout, attention, attention_qkv, cross_entropy, drop_path_add,
-    drop_path_kept, dropout, dropout_add, dropout_add_norm, linear, rope, softmax_dropout,
-};
+pub use ops::*;
 pub use transformer::{
     Architecture, GenerationConfig, Transformer, TransformerConfig, pretrained_var_builder,
 };

@@ -1,8 +1,8 @@
 use candle_core::{Result, bail};
 
 use super::philox::{COLS_PER_CALL, COLS_PER_FILL, fill_draws};
+use super::rows::RowMap;
 use super::{MaskKey, Rate};
-use crate::rows::RowMap;
 
 /// Columns are limited to this: `col / 8` is a 32-bit counter word.
 const MAX_COLS: u64 = 1 << 35;
@@ -18,9 +18,10 @@ pub(crate) const NO_DRAWS: Draws = [0; RUN + COLS_PER_FILL];
 
 /// A [`DropMask`](super::DropMask) over a tensor of known shape: the one argument through which every
 /// kernel, CPU and CUDA, sees a mask. Twin of `struct MaskArgs` in `kernels/philox.cuh`.
+#[doc(hidden)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct MaskArgs {
+pub struct MaskArgs {
     key: [u32; 2],
     threshold: u32,
     scale: f32,

@@ -15,13 +15,16 @@ mod generator;
 mod key;
 mod philox;
 mod rate;
+mod rows;
 
 use candle_core::{Device, Result, Shape, Tensor, bail};
 
-pub(crate) use args::{MaskArgs, NO_DRAWS, RUN};
+pub use args::MaskArgs;
+pub(crate) use args::{NO_DRAWS, RUN};
 pub use generator::{MaskGenerator, MaskState};
 pub use key::MaskKey;
 pub use rate::Rate;
+pub(crate) use rows::RowMap;
 
 /// Which elements an op drops: a rate, a key and, for a shard of a larger tensor, a window.
 ///
@@ -127,7 +130,8 @@ impl DropMask {
     }
 
     /// The mask over a tensor of shape `dims`, in the form that every kernel takes.
-    pub(crate) fn args(&self, op: &str, dims: &[usize]) -> Result<MaskArgs> {
+    #[doc(hidden)]
+    pub fn args(&self, op: &str, dims: &[usize]) -> Result<MaskArgs> {
         let Some(Window { full_shape, start }) = &self.window else {
             return MaskArgs::new(op, self.rate, self.key, dims, dims, &vec![0; dims.len()]);
         };

@@ -96,7 +96,7 @@ mod tests {
         }
     }
 
-    crate::simd::vectorized! {
+    crate::cpu::vectorized! {
         fn draws_in_widest_registers(key: [u32; 2], row: u64, first_block: u32, draws: &mut [u16]) {
             fill_draws(key, row, first_block, draws)
         }

@@ -9,25 +9,22 @@ mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
 mod linear;
+mod norm;
 mod rope;
 mod softmax_dropout;
 
 pub use activation_dropout::{Activation, activation_dropout};
-#[cfg(feature = "cuda")]
-pub(crate) use attention::{AttentionArgs, AttentionLayout, HeadStrides};
-pub use attention::{AttentionConfig, attention, attention_qkv};
-#[cfg(feature = "cuda")]
-pub(crate) use cross_entropy::CrossEntropyArgs;
-pub use cross_entropy::{CrossEntropyConfig, cross_entropy};
+pub use attention::{
+    AttentionArgs, AttentionConfig, AttentionLayout, AttentionPass, HeadStrides, attention,
+    attention_qkv,
+};
+pub use cross_entropy::{CrossEntropyArgs, CrossEntropyConfig, cross_entropy};
 pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use drop_path_kept::drop_path_kept;
 pub use dropout::dropout;
-pub use dropout_add::dropout_add;
-pub use dropout_add_norm::{Norm, dropout_add_norm, layer_norm, rms_norm};
+pub use dropout_add::{ColumnSumsGrids, dropout_add};
+pub use dropout_add_norm::dropout_add_norm;
 pub use linear::linear;
-#[cfg(feature = "cuda")]
-pub(crate) use rope::RopeArgs;
-pub use rope::{RopeStyle, rope};
-#[cfg(feature = "cuda")]
-pub(crate) use softmax_dropout::ScoreArgs;
-pub use softmax_dropout::{AttentionMask, softmax_dropout};
+pub use norm::{Norm, NormArgs, layer_norm, rms_norm};
+pub use rope::{RopeArgs, RopeStyle, rope};
+pub use softmax_dropout::{AttentionMask, ScoreArgs, softmax_dropout};

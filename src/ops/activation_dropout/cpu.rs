@@ -1,14 +1,12 @@
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{Result, Storage, Tensor};
 
 use super::{Activation, NAME};
-use crate::elem::{Element, Real, for_float_dtype, rows_cols, slice, storage};
+use crate::check::rows_cols;
+use crate::cpu::{Element, Real, filled, for_float_dtype, optional_slice, storage, vectorized};
+use crate::input::Input;
 use crate::mask::MaskArgs;
-use crate::parallel::filled;
-use crate::simd::vectorized;
-
-type Input<'a> = (&'a CpuStorage, &'a Layout);
 
 /// A function and its derivative. A type each, so that the loops over them vectorise.
 trait Function: Copy {
@@ -107,20 +105,19 @@ macro_rules! for_function {
 pub(super) fn fwd(
     mask: &MaskArgs,
     activation: Activation,
-    (x, layout): Input,
-    bias: Option<Input>,
-) -> Result<CpuStorage> {
-    let (rows, x_cols) = rows_cols(layout.dims());
+    x: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Storage> {
+    let (rows, x_cols) = rows_cols(x.dims());
     let cols = activation.cols(x_cols);
-    for_float_dtype!(NAME, x, |E| {
-        let x = slice::<E>(NAME, x, layout)?;
-        let bias = bias.map(|(bias, layout)| slice::<E>(NAME, bias, layout)).transpose()?;
-        // SAFETY: chunks are whole rows, and `rows_fwd` writes every row of `y`.
-        let y = unsafe {
-            filled(rows * cols, cols, |start, y| {
-                for_function!(activation, |f| rows_fwd(f, mask, start, cols, x_cols, x, bias, y))
-            })
+    let (x, bias) = (Input::new(NAME, x), Input::optional(NAME, bias));
+    for_float_dtype!(x, |E| {
+        let (x, bias) = (x.slice::<E>()?, optional_slice::<E>(&bias)?);
+        let part = |start: usize, y: &mut [_]| {
+            for_function!(activation, |f| rows_fwd(f, mask, start, cols, x_cols, x, bias, y))
         };
+        // SAFETY: chunks are whole rows, and `rows_fwd` writes every row of `y`.
+        let y = unsafe { filled::<E>(rows * cols, cols, part) };
         Ok(storage(y))
     })
 }
@@ -128,24 +125,20 @@ pub(super) fn fwd(
 pub(super) fn bwd(
     mask: &MaskArgs,
     activation: Activation,
-    (x, layout): Input,
-    bias: Option<Input>,
-    (dy, dy_layout): Input,
-) -> Result<CpuStorage> {
-    let (_, x_cols) = rows_cols(layout.dims());
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    dy: &Tensor,
+) -> Result<Storage> {
+    let (_, x_cols) = rows_cols(x.dims());
     let cols = activation.cols(x_cols);
-    for_float_dtype!(NAME, x, |E| {
-        let x = slice::<E>(NAME, x, layout)?;
-        let bias = bias.map(|(bias, layout)| slice::<E>(NAME, bias, layout)).transpose()?;
-        let dy = slice::<E>(NAME, dy, dy_layout)?;
-        // SAFETY: chunks are whole rows, and `rows_bwd` writes every row of `dx`.
-        let dx = unsafe {
-            filled(x.len(), x_cols, |start, dx| {
-                for_function!(activation, |f| rows_bwd(
-                    f, mask, start, cols, x_cols, x, bias, dy, dx
-                ))
-            })
+    let (x, bias, dy) = (Input::new(NAME, x), Input::optional(NAME, bias), Input::new(NAME, dy));
+    for_float_dtype!(x, |E| {
+        let (x, dy, bias) = (x.slice::<E>()?, dy.slice::<E>()?, optional_slice::<E>(&bias)?);
+        let part = |start: usize, dx: &mut [_]| {
+            for_function!(activation, |f| rows_bwd(f, mask, start, cols, x_cols, x, bias, dy, dx))
         };
+        // SAFETY: chunks are whole rows, and `rows_bwd` writes every row of `dx`.
+        let dx = unsafe { filled::<E>(x.len(), x_cols, part) };
         Ok(storage(dx))
     })
 }

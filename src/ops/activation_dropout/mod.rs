@@ -4,13 +4,12 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail,
-};
+use candle_core::{Result, Shape, Tensor, bail};
 
-use super::dropout_add::{DropoutAddBias, check_bias};
-use crate::elem::{check_dtype, rows_cols};
-use crate::mask::{DropMask, MaskArgs};
+use super::dropout_add::column_sums;
+use crate::check::{check_bias, check_dtype, rows_cols};
+use crate::graph::{detached, node, run_pass};
+use crate::mask::DropMask;
 
 const NAME: &str = "activation_dropout";
 
@@ -105,13 +104,19 @@ pub fn activation_dropout(
             x.dims()
         )
     }
-    let op =
-        ActivationDropout { mask: drop.args(NAME, activation.shape(x.dims()).dims())?, activation };
-    let x = x.contiguous()?;
-    match bias {
-        Some(bias) => x.apply_op2(&bias.contiguous()?, op),
-        None => x.apply_op1(op),
-    }
+    let shape = activation.shape(x.dims());
+    let mask = drop.args(NAME, shape.dims())?;
+    let (x, bias) = (x.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
+    let y = run_pass!(NAME, x, fwd(&mask, activation, &x, bias.as_ref()))?;
+    let (x_again, bias_again) = (x.detach(), bias.as_ref().map(Tensor::detach));
+    node(NAME, [Some(&x), bias.as_ref()], (y, shape), move |back| {
+        let (x, bias, dy) = (&x_again, bias_again.as_ref(), back.dy.contiguous()?);
+        let dx = run_pass!(NAME, dy, bwd(&mask, activation, x, bias, &dy))?;
+        let dx = detached(dx, x.shape());
+        let keep_all = DropMask::none().args(NAME, dx.dims())?;
+        let dbias = back.of(1, || column_sums(keep_all, &dx))?;
+        Ok([Some(dx), dbias])
+    })
 }
 
 impl Activation {
@@ -122,156 +127,5 @@ impl Activation {
             *last = self.cols(*last);
         }
         Shape::from(dims)
-    }
-}
-
-#[derive(Clone, Copy)]
-struct ActivationDropout {
-    mask: MaskArgs,
-    activation: Activation,
-}
-
-impl CustomOp1 for ActivationDropout {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = cpu::fwd(&self.mask, self.activation, (x, layout), None)?;
-        Ok((y, self.activation.shape(layout.dims())))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let y = cuda::fwd(&self.mask, self.activation, (x, layout), None)?;
-        Ok((y, self.activation.shape(layout.dims())))
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        x.apply_op2_no_bwd(&dy.contiguous()?, &ActivationDropoutGrad(*self)).map(Some)
-    }
-}
-
-impl CustomOp2 for ActivationDropout {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let bias = Some((bias, bias_layout));
-        let y = cpu::fwd(&self.mask, self.activation, (x, layout), bias)?;
-        Ok((y, self.activation.shape(layout.dims())))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-        bias: &candle_core::CudaStorage,
-        bias_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let bias = Some((bias, bias_layout));
-        let y = cuda::fwd(&self.mask, self.activation, (x, layout), bias)?;
-        Ok((y, self.activation.shape(layout.dims())))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        bias: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = x.apply_op3_no_bwd(bias, &dy.contiguous()?, &ActivationDropoutGrad(*self))?;
-        let dbias = match bias.track_op() {
-            true => {
-                let mask = DropMask::none().args(NAME, dx.dims())?;
-                Some(dx.apply_op1_no_bwd(&DropoutAddBias { mask })?)
-            }
-            false => None,
-        };
-        Ok((x.track_op().then_some(dx), dbias))
-    }
-}
-
-/// `dx` from (x, dy), or from (x, bias, dy).
-struct ActivationDropoutGrad(ActivationDropout);
-
-impl CustomOp2 for ActivationDropoutGrad {
-    fn name(&self) -> &'static str {
-        "activation_dropout_grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        layout: &Layout,
-        dy: &CpuStorage,
-        dy_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let ActivationDropout { mask, activation } = &self.0;
-        let dx = cpu::bwd(mask, *activation, (x, layout), None, (dy, dy_layout))?;
-        Ok((dx, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-        dy: &candle_core::CudaStorage,
-        dy_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let ActivationDropout { mask, activation } = &self.0;
-        let dx = cuda::bwd(mask, *activation, (x, layout), None, (dy, dy_layout))?;
-        Ok((dx, layout.shape().clone()))
-    }
-}
-
-impl CustomOp3 for ActivationDropoutGrad {
-    fn name(&self) -> &'static str {
-        "activation_dropout_grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-        dy: &CpuStorage,
-        dy_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let ActivationDropout { mask, activation } = &self.0;
-        let bias = Some((bias, bias_layout));
-        let dx = cpu::bwd(mask, *activation, (x, layout), bias, (dy, dy_layout))?;
-        Ok((dx, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-        bias: &candle_core::CudaStorage,
-        bias_layout: &Layout,
-        dy: &candle_core::CudaStorage,
-        dy_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let ActivationDropout { mask, activation } = &self.0;
-        let bias = Some((bias, bias_layout));
-        let dx = cuda::bwd(mask, *activation, (x, layout), bias, (dy, dy_layout))?;
-        Ok((dx, layout.shape().clone()))
     }
 }

@@ -1,25 +1,21 @@
 //! `o = dropout(softmax(scale * q·kᵀ)) · v`, tile by tile.
 
+pub(super) mod args;
 mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod pass;
 
-use std::sync::OnceLock;
+use candle_core::{Result, Tensor, bail};
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
-};
-
-use crate::claim::{Input, detached};
-use crate::elem::{check_alike, check_dtype};
-use crate::mask::{DropMask, MaskArgs};
+pub use args::{AttentionArgs, AttentionLayout, AttentionPass, HeadStrides};
 pub use config::AttentionConfig;
-use config::UNBOUNDED;
-pub(crate) use config::{AttentionArgs, AttentionLayout, HeadStrides};
+
+use crate::check::{check_alike, check_dtype};
+use crate::graph::{detached, node};
+use crate::mask::DropMask;
+use pass::{Attention, GradLayout, Saved, strides, transposed, with_rows};
 
 const NAME: &str = "attention";
 
@@ -110,11 +106,20 @@ pub fn attention(
     if v.dims() != k.dims() {
         bail!("{NAME}: v: expected shape {:?} like k, got {:?}", k.dims(), v.dims())
     }
-    let op = Attention::new([b, h, kv_heads, queries, keys, d], config, drop, q.device())?;
-    let (q, k, v) = (with_rows(q)?, with_rows(k)?, with_rows(v)?);
-    let rows_before_heads = q.stride()[1] < q.stride()[2];
-    let op = op.laid_out([&q, &k, &v].map(|x| strides(x.stride())), rows_before_heads);
-    let o = q.apply_op3(&k, &v, op)?;
+    let attention = Attention::new([b, h, kv_heads, queries, keys, d], config, drop, q.device())?;
+    let qkv = [with_rows(q)?, with_rows(k)?, with_rows(v)?];
+    let rows_before_heads = qkv[0].stride()[1] < qkv[0].stride()[2];
+    let of_qkv = [0, 1, 2].map(|at| strides(qkv[at].stride()));
+    let attention = attention.laid_out(of_qkv, [0; 3], rows_before_heads);
+    let (o, lse) = attention.fwd(qkv.each_ref())?;
+    let (shape, again) = (attention.shape(), qkv.each_ref().map(Tensor::detach));
+    let o = node(NAME, qkv.each_ref().map(Some), (o, shape), move |back| {
+        let (qkv, lse) = (again.each_ref(), lse.as_ref());
+        // Contiguous whatever the arguments are: candle adds them to contiguous zeros.
+        let grads = attention.bwd(qkv, lse, &back, attention.contiguous_grads())?;
+        let mut grads = grads.into_iter().zip(qkv).map(|(grad, x)| detached(grad, x.shape()));
+        Ok([grads.next(), grads.next(), grads.next()])
+    })?;
     if rows_before_heads { o.transpose(1, 2) } else { Ok(o) }
 }
 
@@ -159,369 +164,15 @@ pub fn attention_qkv(
              number divides that, got {all_heads} in all; give the number of query heads"
         )
     }
-    let op = Attention::new([b, heads, kv_heads, s, s, d], config, drop, qkv.device())?;
+    let attention = Attention::new([b, heads, kv_heads, s, s, d], config, drop, qkv.device())?;
     let qkv = with_rows(qkv)?;
     let of_heads = strides(&transposed(qkv.stride()));
-    qkv.apply_op1(op.laid_out([of_heads; 3], true))
-}
-
-/// A view whose elements along the last dimension are neighbours.
-fn with_rows(x: &Tensor) -> Result<Tensor> {
-    match x.dims() {
-        [.., d] if *d > 1 && x.stride().last() != Some(&1) => x.contiguous(),
-        _ => Ok(x.clone()),
-    }
-}
-
-/// Of a tensor `[B, H, S, D]`.
-fn strides(strides: &[usize]) -> HeadStrides {
-    HeadStrides { batch: strides[0] as u64, head: strides[1] as u64, row: strides[2] as u64 }
-}
-
-/// `[B, S, H, D]` to `[B, H, S, D]`, or back.
-fn transposed(dims: &[usize]) -> [usize; 4] {
-    [dims[0], dims[2], dims[1], dims[3]]
-}
-
-/// The tensors that a pass reads: their storages, and where the first element of each lies.
-pub(super) struct Operands<'a, S> {
-    pub(super) q: (&'a S, usize),
-    pub(super) k: (&'a S, usize),
-    pub(super) v: (&'a S, usize),
-    pub(super) key_lengths: Option<(&'a S, usize)>,
-    pub(super) alibi_slopes: Option<(&'a S, usize)>,
-}
-
-/// Where a backward pass puts its results.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct GradLayout {
-    /// Of dq, dk, dv and, as o, of the gradient that arrives.
-    pub(super) strides: AttentionLayout,
-    /// All three lie in one tensor, dk and dv from these elements on; else each in its own.
-    pub(super) packed: Option<[usize; 2]>,
-}
-
-/// An attention of known shape and, once [`Attention::laid_out`], strides.
-struct Attention {
-    args: AttentionArgs,
-    layout: AttentionLayout,
-    drop: MaskArgs,
-    key_lengths: Option<Tensor>,
-    alibi_slopes: Option<Tensor>,
-    /// The result is `[B, S, H, D]`, not `[B, H, S, D]`.
-    rows_before_heads: bool,
-    /// Of each query; what backward needs beside the tensors.
-    lse: OnceLock<Storage>,
-}
-
-impl Attention {
-    fn new(
-        [b, h, kv_heads, queries, keys, d]: [usize; 6],
-        config: &AttentionConfig,
-        drop: &DropMask,
-        device: &Device,
-    ) -> Result<Self> {
-        if device.is_cuda() && d > 256 {
-            bail!(
-                "{NAME}: q: expected a head size (last dimension) of at most 256 on CUDA, got {d}; use \
-                 more heads or move it to the CPU"
-            )
-        }
-        if h > 0 && (kv_heads == 0 || h % kv_heads != 0) {
-            bail!(
-                "{NAME}: k: expected a number of heads that divides the {h} of q, got {kv_heads}; every \
-                 head of k and v serves the same number of heads"
-            )
-        }
-        let size = |name: &str, size: usize| match u32::try_from(size) {
-            // Kernels count in i32, up to a tile beyond the end.
-            Ok(size) if size < (1 << 31) - 256 => Ok(size),
-            _ => {
-                bail!("{NAME}: {name}: expected less than 2^31 - 256, got {size}; split the tensor")
-            }
-        };
-        let scale = config.scale.unwrap_or(1. / (d.max(1) as f64).sqrt());
-        if !(scale as f32).is_finite() {
-            bail!("{NAME}: scale: expected a finite f32, got {scale}; the usual one is 1/sqrt(D)")
-        }
-        if let Some(softcap) = config.softcap
-            && !(softcap as f32 > 0. && (softcap as f32).is_finite())
-        {
-            bail!(
-                "{NAME}: softcap: expected a finite number above 0, got {softcap}; None is no cap"
-            )
-        }
-        let limit = |keys: usize| u32::try_from(keys).unwrap_or(UNBOUNDED);
-        let (left, right) =
-            config.window.map_or((UNBOUNDED, UNBOUNDED), |(l, r)| (limit(l), limit(r)));
-        let args = AttentionArgs {
-            scale,
-            softcap: config.softcap.unwrap_or(0.),
-            batches: size("B", b)?,
-            heads: size("H", h)?,
-            kv_heads: size("Hkv", kv_heads)?,
-            queries: size("Sq", queries)?,
-            keys: size("Sk", keys)?,
-            head_size: size("D", d)?,
-            left,
-            right: if config.causal { 0 } else { right },
-        };
-        let constant = |name, tensor: &Option<Tensor>, len, dtype| {
-            tensor.as_ref().map(|x| constant(name, x, len, dtype, device)).transpose()
-        };
-        let none = HeadStrides { batch: 0, head: 0, row: 0 };
-        Ok(Self {
-            args,
-            layout: AttentionLayout { q: none, k: none, v: none, o: none },
-            drop: drop.args(NAME, &[b, h, queries, keys])?,
-            key_lengths: constant("key_lengths", &config.key_lengths, b, DType::U32)?,
-            alibi_slopes: constant("alibi_slopes", &config.alibi_slopes, h, DType::F32)?,
-            rows_before_heads: false,
-            lse: OnceLock::new(),
-        })
-    }
-
-    fn laid_out(mut self, [q, k, v]: [HeadStrides; 3], rows_before_heads: bool) -> Self {
-        let o = self.contiguous(self.args.heads, self.args.queries, rows_before_heads);
-        self.layout = AttentionLayout { q, k, v, o };
-        self.rows_before_heads = rows_before_heads;
-        self
-    }
-
-    /// Of a `[B, heads, rows, D]` tensor that lies as `[B, rows, heads, D]` or as it stands.
-    fn contiguous(&self, heads: u32, rows: u32, rows_before_heads: bool) -> HeadStrides {
-        let (heads, rows, d) = (u64::from(heads), u64::from(rows), u64::from(self.args.head_size));
-        match rows_before_heads {
-            true => HeadStrides { batch: rows * heads * d, head: d, row: heads * d },
-            false => HeadStrides { batch: heads * rows * d, head: rows * d, row: d },
-        }
-    }
-
-    /// Of the result.
-    fn shape(&self) -> Shape {
-        let AttentionArgs { batches, heads, queries, head_size, .. } = self.args;
-        let dims = [batches, heads, queries, head_size].map(|dim| dim as usize);
-        Shape::from_dims(&if self.rows_before_heads { transposed(&dims) } else { dims })
-    }
-
-    /// Nothing to compute: no element, or nothing that passes.
-    fn is_zero(&self) -> bool {
-        self.shape().elem_count() == 0 || self.args.keys == 0 || self.drop.drops_all()
-    }
-
-    /// Where queries, keys and values begin in a tensor that holds them all.
-    fn packed_starts(&self, head_stride: usize) -> [usize; 3] {
-        let (heads, kv_heads) = (self.args.heads as usize, self.args.kv_heads as usize);
-        [0, heads * head_stride, (heads + kv_heads) * head_stride]
-    }
-
-    /// The arguments of a pass; `start` gives the storage of a tensor and where its first element lies.
-    fn operands<'a, 'i, S>(
-        &self,
-        [q, k, v]: [(&'a S, usize); 3],
-        constants: &'a [Option<Input<'i>>; 2],
-        start: Start<'i, S>,
-    ) -> Result<Operands<'a, S>> {
-        let [key_lengths, alibi_slopes] =
-            constants.each_ref().map(|x| x.as_ref().map(|x| start(x, NAME)).transpose());
-        Ok(Operands { q, k, v, key_lengths: key_lengths?, alibi_slopes: alibi_slopes? })
-    }
-
-    fn constants(&self) -> [Option<Input<'_>>; 2] {
-        [&self.key_lengths, &self.alibi_slopes].map(|tensor| tensor.as_ref().map(Input::new))
-    }
-
-    fn cpu_pass(&self, qkv: [(&CpuStorage, usize); 3]) -> Result<(CpuStorage, Shape)> {
-        if self.is_zero() {
-            let (q, _) = qkv[0];
-            return Ok((q.device().zeros_impl(&self.shape(), q.dtype())?, self.shape()));
-        }
-        let constants = self.constants();
-        let operands = self.operands(qkv, &constants, Input::cpu_start)?;
-        let (o, lse) = cpu::fwd(&self.args, &self.layout, &self.drop, &operands)?;
-        self.lse.get_or_init(|| Storage::Cpu(lse));
-        Ok((o, self.shape()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_pass(&self, qkv: [(&CudaStorage, usize); 3]) -> Result<(CudaStorage, Shape)> {
-        if self.is_zero() {
-            let (q, _) = qkv[0];
-            return Ok((q.device().zeros_impl(&self.shape(), q.dtype())?, self.shape()));
-        }
-        let constants = self.constants();
-        let operands = self.operands(qkv, &constants, Input::cuda_start)?;
-        let (o, lse) = cuda::fwd(&self.args, &self.layout, &self.drop, &operands)?;
-        self.lse.get_or_init(|| Storage::Cuda(lse));
-        Ok((o, self.shape()))
-    }
-
-    /// `dq`, `dk` and `dv`, or the one tensor that holds them; `starts` says where q, k and v lie from the
-    /// first element of their tensors on.
-    fn grads(
-        &self,
-        inputs: [&Tensor; 3],
-        starts: [usize; 3],
-        o: &Tensor,
-        dout: &Tensor,
-        grads: GradLayout,
-    ) -> Result<Vec<Storage>> {
-        let dout = with_rows(dout)?;
-        let o_strides = match self.rows_before_heads {
-            true => strides(&transposed(dout.stride())),
-            false => strides(dout.stride()),
-        };
-        let strides = AttentionLayout { o: o_strides, ..grads.strides };
-        let grads = GradLayout { strides, ..grads };
-        let (args, layout, drop) = (&self.args, &self.layout, &self.drop);
-        let constants = self.constants();
-        let (inputs, o, dout) = (inputs.map(Input::new), Input::new(o), Input::new(&dout));
-        match self.lse.get() {
-            Some(Storage::Cpu(lse)) => {
-                let qkv = offset(&inputs, starts, Input::cpu_start)?;
-                let operands = self.operands(qkv, &constants, Input::cpu_start)?;
-                let (o, dout) = (o.cpu_start(NAME)?, dout.cpu_start(NAME)?);
-                let grads = cpu::bwd(args, layout, &grads, drop, &operands, lse, o, dout)?;
-                Ok(grads.into_iter().map(Storage::Cpu).collect())
-            }
-            #[cfg(feature = "cuda")]
-            Some(Storage::Cuda(lse)) => {
-                let qkv = offset(&inputs, starts, Input::cuda_start)?;
-                let operands = self.operands(qkv, &constants, Input::cuda_start)?;
-                let (o, dout) = (o.cuda_start(NAME)?, dout.cuda_start(NAME)?);
-                let grads = cuda::bwd(args, layout, &grads, drop, &operands, lse, o, dout)?;
-                Ok(grads.into_iter().map(Storage::Cuda).collect())
-            }
-            _ => {
-                bail!("{NAME}: backward: expected a forward pass before it, got none; apply the op")
-            }
-        }
-    }
-}
-
-/// What gives the storage of a tensor and where its first element lies in it.
-type Start<'i, S> = for<'a, 'b> fn(&'a Input<'i>, &'b str) -> Result<(&'a S, usize)>;
-
-/// The storages of q, k and v, and where each begins.
-fn offset<'a, 'i, S>(
-    inputs: &'a [Input<'i>; 3],
-    starts: [usize; 3],
-    start: Start<'i, S>,
-) -> Result<[(&'a S, usize); 3]> {
-    let at =
-        |i: usize| start(&inputs[i], NAME).map(|(storage, first)| (storage, first + starts[i]));
-    Ok([at(0)?, at(1)?, at(2)?])
-}
-
-/// A tensor of `len` numbers that no gradient flows to.
-fn constant(arg: &str, x: &Tensor, len: usize, dtype: DType, device: &Device) -> Result<Tensor> {
-    if x.dtype() != dtype || x.dims() != [len] {
-        bail!(
-            "{NAME}: {arg}: expected {dtype:?} of shape [{len}], got {:?} of shape {:?}; convert it with \
-             to_dtype and reshape",
-            x.dtype(),
-            x.dims()
-        )
-    }
-    if !x.device().same_device(device) {
-        bail!(
-            "{NAME}: {arg}: expected device {:?} like q, got {:?}; move it with to_device",
-            device.location(),
-            x.device().location()
-        )
-    }
-    if x.track_op() {
-        bail!("{NAME}: {arg}: expected a constant, got a tensor that tracks a gradient; detach it")
-    }
-    x.contiguous()
-}
-
-/// Of queries, keys and values in three tensors.
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (q, k) = ((q, q_layout.start_offset()), (k, k_layout.start_offset()));
-        self.cpu_pass([q, k, (v, v_layout.start_offset())])
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        q: &CudaStorage,
-        q_layout: &Layout,
-        k: &CudaStorage,
-        k_layout: &Layout,
-        v: &CudaStorage,
-        v_layout: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        let (q, k) = ((q, q_layout.start_offset()), (k, k_layout.start_offset()));
-        self.cuda_pass([q, k, (v, v_layout.start_offset())])
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        o: &Tensor,
-        dout: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let wanted = |x: &Tensor, grad: Tensor| x.track_op().then_some(grad);
-        if self.is_zero() {
-            let zeros = |x: &Tensor| Ok::<_, candle_core::Error>(wanted(x, x.zeros_like()?));
-            return Ok((zeros(q)?, zeros(k)?, zeros(v)?));
-        }
-        // Contiguous whatever the arguments are: candle adds them to contiguous zeros.
-        let of_q = self.contiguous(self.args.heads, self.args.queries, false);
-        let of_kv = self.contiguous(self.args.kv_heads, self.args.keys, false);
-        let strides = AttentionLayout { q: of_q, k: of_kv, v: of_kv, o: of_q };
-        let grads = GradLayout { strides, packed: None };
-        let mut grads = self.grads([q, k, v], [0; 3], o, dout, grads)?.into_iter();
-        let mut grad =
-            |x: &Tensor| grads.next().and_then(|grad| wanted(x, detached(grad, x.shape())));
-        Ok((grad(q), grad(k), grad(v)))
-    }
-}
-
-/// Of all in one tensor.
-impl CustomOp1 for Attention {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let start = layout.start_offset();
-        self.cpu_pass(self.packed_starts(layout.stride()[2]).map(|at| (qkv, start + at)))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, qkv: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let start = layout.start_offset();
-        self.cuda_pass(self.packed_starts(layout.stride()[2]).map(|at| (qkv, start + at)))
-    }
-
-    fn bwd(&self, qkv: &Tensor, o: &Tensor, dout: &Tensor) -> Result<Option<Tensor>> {
-        if self.is_zero() {
-            return qkv.zeros_like().map(Some);
-        }
-        let AttentionArgs { heads, kv_heads, queries, head_size, .. } = self.args;
-        let strides = self.contiguous(heads + 2 * kv_heads, queries, true);
-        let [_, k, v] = self.packed_starts(head_size as usize);
-        let strides = AttentionLayout { q: strides, k: strides, v: strides, o: strides };
-        let grads = GradLayout { strides, packed: Some([k, v]) };
-        let starts = self.packed_starts(qkv.stride()[2]);
-        let grads = self.grads([qkv; 3], starts, o, dout, grads)?;
-        Ok(grads.into_iter().next().map(|grad| detached(grad, qkv.shape())))
-    }
+    let starts = attention.packed_starts(qkv.stride()[2]);
+    let attention = attention.laid_out([of_heads; 3], starts, true);
+    let (o, lse) = attention.fwd([&qkv; 3])?;
+    let (shape, again) = (attention.shape(), qkv.detach());
+    node(NAME, [Some(&qkv)], (o, shape), move |back| {
+        let grads = attention.bwd([&again; 3], lse.as_ref(), &back, attention.packed_grads())?;
+        Ok([grads.into_iter().next().map(|grad| detached(grad, again.shape()))])
+    })
 }

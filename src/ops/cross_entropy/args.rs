@@ -1,3 +1,5 @@
+use crate::cuda::sizes::{Launch, THREADS, whole_rows};
+
 /// How [`cross_entropy`](crate::cross_entropy()) takes its targets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CrossEntropyConfig {
@@ -17,9 +19,10 @@ impl Default for CrossEntropyConfig {
 
 /// Sizes and settings of the loss: the argument of the kernels. Twin of `struct CrossEntropyArgs` in
 /// `kernels/cross_entropy.cu`.
+#[doc(hidden)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct CrossEntropyArgs {
+pub struct CrossEntropyArgs {
     pub(crate) rows: u64,
     pub(crate) classes: u64,
     /// What every class gets of the target distribution: `label_smoothing / classes`.
@@ -33,7 +36,7 @@ pub(crate) struct CrossEntropyArgs {
 }
 
 impl CrossEntropyArgs {
-    pub(crate) fn new(rows: usize, classes: usize, config: &CrossEntropyConfig) -> Self {
+    pub fn new(rows: usize, classes: usize, config: &CrossEntropyConfig) -> Self {
         Self {
             rows: rows as u64,
             classes: classes as u64,
@@ -43,6 +46,16 @@ impl CrossEntropyArgs {
             ignores: u32::from(config.ignore_index.is_some()),
             padding: 0,
         }
+    }
+
+    /// A team takes a row, of any length, and reads it once.
+    pub fn launch(&self, multiprocessors: usize) -> Launch {
+        whole_rows(self.rows as usize, self.classes as usize, multiprocessors)
+    }
+
+    /// The second kernel of forward: one block adds up the losses of all rows.
+    pub fn launch_total() -> Launch {
+        Launch::new([1; 3], [THREADS, 1, 1])
     }
 
     /// True if a row with this target counts nothing.

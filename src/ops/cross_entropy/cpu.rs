@@ -1,22 +1,17 @@
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType, bail};
+use candle_core::{Result, Storage, Tensor, bail};
 
 use super::{CrossEntropyArgs, Forward, Kept, NAME};
-use crate::claim::Input;
-use crate::elem::{Element, Real, for_float_dtype, reals, slice, storage};
-use crate::lanes::{lane_max, lane_sum};
-use crate::parallel::{filled, filled_per_row};
-use crate::simd::vectorized;
+use crate::cpu::{
+    Element, Real, filled, filled_per_row, for_float_dtype, lane_max, lane_sum, storage, vectorized,
+};
+use crate::input::Input;
 
-pub(super) fn fwd(
-    args: &CrossEntropyArgs,
-    (logits, layout): (&CpuStorage, &Layout),
-    targets: &Tensor,
-) -> Result<Forward<CpuStorage>> {
+pub(super) fn fwd(args: &CrossEntropyArgs, logits: &Tensor, targets: &Tensor) -> Result<Forward> {
     let (rows, classes) = (args.rows as usize, args.classes as usize);
-    let targets = Input::new(targets);
-    let targets = classes_of(targets.cpu(NAME)?)?;
+    let (logits, targets) = (Input::new(NAME, logits), Input::new(NAME, targets));
+    let targets = targets.slice::<i64>()?;
     let is_class = |target: i64| usize::try_from(target).is_ok_and(|target| target < classes);
     let wrong = |target: &i64| !is_class(*target) && !args.ignores(*target);
     if let Some(at) = targets.iter().position(wrong) {
@@ -26,66 +21,55 @@ pub(super) fn fwd(
             targets[at]
         )
     }
-    for_float_dtype!(NAME, logits, |E| {
-        let logits = slice::<E>(NAME, logits, layout)?;
-        // SAFETY: `rows_fwd` writes the result of every row.
-        let results = unsafe {
-            filled_per_row(rows, classes, |start, results| {
-                let logits = &logits[start * classes..][..results.len() * classes];
-                rows_fwd(args, logits, &targets[start..][..results.len()], results)
-            })
+    for_float_dtype!(logits, |E| {
+        let logits = logits.slice::<E>()?;
+        let part = |start: usize, results: &mut [_]| {
+            let logits = &logits[start * classes..][..results.len() * classes];
+            rows_fwd(args, logits, &targets[start..][..results.len()], results)
         };
+        // SAFETY: `rows_fwd` writes the result of every row.
+        let results = unsafe { filled_per_row(rows, classes, part) };
         let count = targets.iter().filter(|target| !args.ignores(**target)).count();
         Ok(mean(&results, count))
     })
 }
 
 /// From the log-sum-exp and the loss of each row.
-fn mean<R: Real>(results: &[(R, R)], count: usize) -> Forward<CpuStorage> {
+fn mean<R: Real>(results: &[(R, R)], count: usize) -> Forward {
     // In the order of the rows, whatever threads computed them.
     let total: f64 = results.iter().fold(0., |total, (_, loss)| total + loss.to_f64());
     let inverse_count = if count == 0 { 0. } else { 1. / count as f64 };
-    let scalar = |x: f64| R::storage(vec![R::from_f64(x)]);
+    let scalar = |x: f64| Storage::Cpu(R::storage(vec![R::from_f64(x)]));
     Forward {
         loss: scalar(total * inverse_count),
-        lse: R::storage(results.iter().map(|(lse, _)| *lse).collect()),
+        lse: Storage::Cpu(R::storage(results.iter().map(|(lse, _)| *lse).collect())),
         inverse_count: scalar(inverse_count),
     }
 }
 
 pub(super) fn bwd(
     args: &CrossEntropyArgs,
-    (logits, layout): (&CpuStorage, &Layout),
+    logits: &Tensor,
     targets: &Tensor,
     kept: &Kept,
-    dloss: (&CpuStorage, &Layout),
-) -> Result<CpuStorage> {
+    dloss: &Tensor,
+) -> Result<Storage> {
     let classes = args.classes as usize;
-    let (targets, lse, inverse_count) =
-        (Input::new(targets), Input::new(&kept.lse), Input::new(&kept.inverse_count));
-    let targets = classes_of(targets.cpu(NAME)?)?;
-    for_float_dtype!(NAME, logits, |E| {
-        let logits = slice::<E>(NAME, logits, layout)?;
+    let [logits, targets, lse, inverse_count, dloss] =
+        [logits, targets, &kept.lse, &kept.inverse_count, dloss].map(|x| Input::new(NAME, x));
+    let targets = targets.slice::<i64>()?;
+    for_float_dtype!(logits, |E| {
         type R = <E as Element>::Real;
-        let lse = reals::<R>(NAME, lse.cpu(NAME)?)?;
-        let inverse_count = reals::<R>(NAME, inverse_count.cpu(NAME)?)?;
-        let scale = reals::<R>(NAME, dloss)?[0] * inverse_count[0];
-        // SAFETY: chunks are whole rows, and `rows_bwd` writes every row of `dlogits`.
-        let dlogits = unsafe {
-            filled(logits.len(), classes, |start, dlogits| {
-                let (logits, row) = (&logits[start..][..dlogits.len()], start / classes);
-                rows_bwd(args, scale, logits, &targets[row..], &lse[row..], dlogits)
-            })
+        let (logits, lse) = (logits.slice::<E>()?, lse.reals::<R>()?);
+        let scale = dloss.reals::<R>()?[0] * inverse_count.reals::<R>()?[0];
+        let part = |start: usize, dlogits: &mut [_]| {
+            let (logits, row) = (&logits[start..][..dlogits.len()], start / classes);
+            rows_bwd(args, scale, logits, &targets[row..], &lse[row..], dlogits)
         };
+        // SAFETY: chunks are whole rows, and `rows_bwd` writes every row of `dlogits`.
+        let dlogits = unsafe { filled::<E>(logits.len(), classes, part) };
         Ok(storage(dlogits))
     })
-}
-
-fn classes_of<'a>((targets, layout): (&'a CpuStorage, &Layout)) -> Result<&'a [i64]> {
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("{NAME}: targets: expected a contiguous tensor, got {layout:?}; call contiguous()")
-    };
-    Ok(&i64::cpu_storage_as_slice(targets)?[start..end])
 }
 
 vectorized! {

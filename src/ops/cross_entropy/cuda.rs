@@ -1,95 +1,73 @@
-use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::{CudaStorage, Layout, Result, Tensor};
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, PushKernelArg};
+use candle_core::{Result, Storage, Tensor};
 
 use super::{CrossEntropyArgs, Forward, Kept, NAME};
-use crate::claim::Input;
-use crate::launch::config::{cross_entropy, cross_entropy_total};
-use crate::launch::cuda::{
-    for_cuda_dtype, kernel_name, launch, multiprocessors, output, ptx, view,
-};
+use crate::cuda::{Module, for_cuda_dtype, launch, multiprocessors, output, ptx, storage};
+use crate::input::Input;
 
-/// Candle caches the compiled module under this name, for all crates of a program.
-const MODULE: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::cross_entropy");
+const KERNELS: Module = Module::new(NAME, ptx::CROSS_ENTROPY);
 
-pub(super) fn fwd(
-    args: &CrossEntropyArgs,
-    (logits, layout): (&CudaStorage, &Layout),
-    targets: &Tensor,
-) -> Result<Forward<CudaStorage>> {
-    let device = logits.device();
-    let (rows, classes) = (args.rows as usize, args.classes as usize);
-    let targets = Input::new(targets);
-    let (targets, targets_layout) = targets.cuda(NAME)?;
-    let targets = view::<i64>(NAME, targets, targets_layout)?;
-    for_cuda_dtype!(NAME, logits, |T| {
-        let logits = view::<T>(NAME, logits, layout)?;
+// SAFETY: `repr(C)` integers and floats, laid out as `struct CrossEntropyArgs` of the kernels.
+unsafe impl DeviceRepr for CrossEntropyArgs {}
+
+pub(super) fn fwd(args: &CrossEntropyArgs, logits: &Tensor, targets: &Tensor) -> Result<Forward> {
+    let rows = args.rows as usize;
+    let (logits, targets) = (Input::new(NAME, logits), Input::new(NAME, targets));
+    let device = logits.cuda_device()?;
+    let targets = targets.view::<i64>()?;
+    for_cuda_dtype!(logits, |T| {
+        let logits = logits.view::<T>()?;
         // SAFETY: `cross_entropy_fwd` writes the log-sum-exp of every row.
         let lse = unsafe { output::<f32>(device, rows) }?;
         // SAFETY: and its loss.
         let row_loss = unsafe { output::<f32>(device, rows) }?;
-        let kernel = device.get_or_load_custom_func(
-            &kernel_name::<T>("cross_entropy_fwd"),
-            MODULE,
-            ptx::CROSS_ENTROPY,
-        )?;
-        let mut list = kernel.builder();
+        let kernel = KERNELS.kernel::<T>(device, "cross_entropy_fwd")?;
+        let mut list = kernel.args();
         list.arg(&logits).arg(&targets).arg(&lse).arg(&row_loss).arg(args);
         // SAFETY: (logits, targets, lse, row_loss, args); args says how many rows and classes logits
         // has, and the others hold a number a row.
-        unsafe { launch(list, cross_entropy(rows, classes, multiprocessors(device)?)) }?;
+        unsafe { launch(list, args.launch(multiprocessors(device)?)) }?;
 
         // SAFETY: `cross_entropy_fwd_total` writes it.
         let loss = unsafe { output::<f32>(device, 1) }?;
         // SAFETY: as above.
         let inverse_count = unsafe { output::<f32>(device, 1) }?;
-        let total = device.get_or_load_custom_func(
-            "cross_entropy_fwd_total",
-            MODULE,
-            ptx::CROSS_ENTROPY,
-        )?;
-        let mut list = total.builder();
+        let total = KERNELS.kernel_named(device, "cross_entropy_fwd_total")?;
+        let mut list = total.args();
         list.arg(&row_loss).arg(&targets).arg(&loss).arg(&inverse_count).arg(args);
         // SAFETY: (row_loss, targets, loss, inverse_count, args): a number a row, twice, and two numbers.
-        unsafe { launch(list, cross_entropy_total()) }?;
-        let [loss, lse, inverse_count] = [loss, lse, inverse_count]
-            .map(|slice| CudaStorage::wrap_cuda_slice(slice, device.clone()));
+        unsafe { launch(list, CrossEntropyArgs::launch_total()) }?;
+        let [loss, lse, inverse_count] =
+            [loss, lse, inverse_count].map(|output| storage(output, device));
         Ok(Forward { loss, lse, inverse_count })
     })
 }
 
 pub(super) fn bwd(
     args: &CrossEntropyArgs,
-    (logits, layout): (&CudaStorage, &Layout),
+    logits: &Tensor,
     targets: &Tensor,
     kept: &Kept,
-    (dloss, dloss_layout): (&CudaStorage, &Layout),
-) -> Result<CudaStorage> {
-    let device = logits.device();
-    let (rows, classes) = (args.rows as usize, args.classes as usize);
-    let [targets, lse, inverse_count] = [targets, &kept.lse, &kept.inverse_count].map(Input::new);
-    let (targets, targets_layout) = targets.cuda(NAME)?;
-    let targets = view::<i64>(NAME, targets, targets_layout)?;
-    let (lse, lse_layout) = lse.cuda(NAME)?;
-    let lse = view::<f32>(NAME, lse, lse_layout)?;
-    let (inverse_count, count_layout) = inverse_count.cuda(NAME)?;
-    let inverse_count = view::<f32>(NAME, inverse_count, count_layout)?;
-    let dloss = view::<f32>(NAME, dloss, dloss_layout)?;
-    for_cuda_dtype!(NAME, logits, |T| {
-        let logits = view::<T>(NAME, logits, layout)?;
+    dloss: &Tensor,
+) -> Result<Storage> {
+    let len = logits.elem_count();
+    let [logits, targets, lse, inverse_count, dloss] =
+        [logits, targets, &kept.lse, &kept.inverse_count, dloss].map(|x| Input::new(NAME, x));
+    let device = logits.cuda_device()?;
+    let targets = targets.view::<i64>()?;
+    let (lse, inverse_count) = (lse.view::<f32>()?, inverse_count.view::<f32>()?);
+    let dloss = dloss.view::<f32>()?;
+    for_cuda_dtype!(logits, |T| {
+        let logits = logits.view::<T>()?;
         // SAFETY: `cross_entropy_bwd` writes `rows * classes` elements.
-        let dlogits = unsafe { output::<T>(device, rows * classes) }?;
-        let kernel = device.get_or_load_custom_func(
-            &kernel_name::<T>("cross_entropy_bwd"),
-            MODULE,
-            ptx::CROSS_ENTROPY,
-        )?;
-        let mut list = kernel.builder();
+        let dlogits = unsafe { output::<T>(device, len) }?;
+        let kernel = KERNELS.kernel::<T>(device, "cross_entropy_bwd")?;
+        let mut list = kernel.args();
         list.arg(&logits).arg(&targets).arg(&lse).arg(&inverse_count).arg(&dloss);
         list.arg(&dlogits).arg(args);
         // SAFETY: (logits, targets, lse, inverse_count, dloss, dlogits, args); logits and dlogits have the
         // rows and classes that args says, targets and lse a number a row, the others one.
-        unsafe { launch(list, cross_entropy(rows, classes, multiprocessors(device)?)) }?;
-        Ok(CudaStorage::wrap_cuda_slice(dlogits, device.clone()))
+        unsafe { launch(list, args.launch(multiprocessors(device)?)) }?;
+        Ok(storage(dlogits, device))
     })
 }

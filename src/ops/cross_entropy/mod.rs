@@ -5,17 +5,12 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use std::sync::OnceLock;
+use candle_core::{DType, Result, Storage, Tensor, bail};
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail,
-};
+pub use args::{CrossEntropyArgs, CrossEntropyConfig};
 
-pub(crate) use args::CrossEntropyArgs;
-pub use args::CrossEntropyConfig;
-
-use crate::claim::detached;
-use crate::elem::check_dtype;
+use crate::check::{check_device, check_dtype};
+use crate::graph::{detached, node, run_pass};
 
 const NAME: &str = "cross_entropy";
 
@@ -88,13 +83,7 @@ pub fn cross_entropy(
             targets.dtype()
         )
     }
-    if !targets.device().same_device(logits.device()) {
-        bail!(
-            "{NAME}: targets: expected device {:?} like logits, got {:?}; move it with to_device",
-            logits.device().location(),
-            targets.device().location()
-        )
-    }
+    check_device(NAME, "targets", targets, "logits", logits.device())?;
     if classes == 0 && targets.elem_count() > 0 {
         bail!("{NAME}: logits: expected at least one class, got {:?}", logits.dims())
     }
@@ -106,18 +95,22 @@ pub fn cross_entropy(
     }
     let args = CrossEntropyArgs::new(targets.elem_count(), classes, config);
     let targets = targets.to_dtype(DType::I64)?.contiguous()?.detach();
-    logits.contiguous()?.apply_op1(CrossEntropy { args, targets, kept: OnceLock::new() })
+    let logits = logits.contiguous()?;
+    let Forward { loss, lse, inverse_count } =
+        run_pass!(NAME, logits, fwd(&args, &logits, &targets))?;
+    let kept = Kept {
+        lse: detached(lse, targets.elem_count()),
+        inverse_count: detached(inverse_count, ()),
+    };
+    let logits_again = logits.detach();
+    node(NAME, [Some(&logits)], (loss, ()), move |back| {
+        let (logits, dloss) = (&logits_again, back.dy.contiguous()?);
+        let dlogits = run_pass!(NAME, logits, bwd(&args, logits, &targets, &kept, &dloss))?;
+        Ok([Some(detached(dlogits, logits.shape()))])
+    })
 }
 
-struct CrossEntropy {
-    args: CrossEntropyArgs,
-    /// i64.
-    targets: Tensor,
-    kept: OnceLock<Kept>,
-}
-
-/// What forward leaves for backward; never taken, for backward may run again.
-#[derive(Clone)]
+/// What forward leaves for backward.
 struct Kept {
     /// Of each row, in the type that is computed in.
     lse: Tensor,
@@ -126,88 +119,8 @@ struct Kept {
 }
 
 /// What a forward pass computes.
-struct Forward<S> {
-    loss: S,
-    lse: S,
-    inverse_count: S,
-}
-
-impl CrossEntropy {
-    /// Keeps what backward needs, and returns the loss.
-    fn keep<S>(&self, forward: Forward<S>, storage: impl Fn(S) -> Storage) -> Result<(S, Shape)> {
-        let Forward { loss, lse, inverse_count } = forward;
-        let kept = Kept {
-            lse: detached(storage(lse), self.targets.elem_count()),
-            inverse_count: detached(storage(inverse_count), ()),
-        };
-        match self.kept.set(kept) {
-            Ok(()) => Ok((loss, ().into())),
-            Err(_) => bail!("{NAME}: expected to run once; apply a new op"),
-        }
-    }
-}
-
-impl CustomOp1 for CrossEntropy {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.keep(cpu::fwd(&self.args, (logits, layout), &self.targets)?, Storage::Cpu)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        logits: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        self.keep(cuda::fwd(&self.args, (logits, layout), &self.targets)?, Storage::Cuda)
-    }
-
-    fn bwd(&self, logits: &Tensor, _loss: &Tensor, dloss: &Tensor) -> Result<Option<Tensor>> {
-        let Some(kept) = self.kept.get().cloned() else {
-            bail!("{NAME}: expected a forward pass before backward; apply the op")
-        };
-        let grad = CrossEntropyGrad { args: self.args, targets: self.targets.clone(), kept };
-        logits.apply_op2_no_bwd(&dloss.contiguous()?, &grad).map(Some)
-    }
-}
-
-/// `dlogits` from (logits, dloss).
-struct CrossEntropyGrad {
-    args: CrossEntropyArgs,
-    targets: Tensor,
-    kept: Kept,
-}
-
-impl CustomOp2 for CrossEntropyGrad {
-    fn name(&self) -> &'static str {
-        "cross_entropy_grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        logits: &CpuStorage,
-        layout: &Layout,
-        dloss: &CpuStorage,
-        dloss_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let dloss = (dloss, dloss_layout);
-        let dlogits = cpu::bwd(&self.args, (logits, layout), &self.targets, &self.kept, dloss)?;
-        Ok((dlogits, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        logits: &candle_core::CudaStorage,
-        layout: &Layout,
-        dloss: &candle_core::CudaStorage,
-        dloss_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let dloss = (dloss, dloss_layout);
-        let dlogits = cuda::bwd(&self.args, (logits, layout), &self.targets, &self.kept, dloss)?;
-        Ok((dlogits, layout.shape().clone()))
-    }
+struct Forward {
+    loss: Storage,
+    lse: Storage,
+    inverse_count: Storage,
 }

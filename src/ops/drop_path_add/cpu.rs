@@ -1,39 +1,36 @@
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{Result, Storage, Tensor};
 
 use super::NAME;
-use crate::elem::{Element, Real, for_float_dtype, slice, storage};
+use crate::cpu::{Element, Real, filled, for_float_dtype, optional_slice, storage, vectorized};
+use crate::input::Input;
 use crate::mask::MaskArgs;
-use crate::parallel::filled;
-use crate::simd::vectorized;
 
 pub(super) fn fwd(
     mask: &MaskArgs,
     samples: usize,
-    (x, layout): (&CpuStorage, &Layout),
-    residual: Option<(&CpuStorage, &Layout)>,
-) -> Result<CpuStorage> {
+    x: &Tensor,
+    residual: Option<&Tensor>,
+) -> Result<Storage> {
     let keep = mask.keep_first_row(samples);
-    for_float_dtype!(NAME, x, |E| {
-        let x = slice::<E>(NAME, x, layout)?;
-        let residual =
-            residual.map(|(residual, layout)| slice::<E>(NAME, residual, layout)).transpose()?;
+    let (x, residual) = (Input::new(NAME, x), Input::optional(NAME, residual));
+    for_float_dtype!(x, |E| {
+        let (x, residual) = (x.slice::<E>()?, optional_slice::<E>(&residual)?);
         let sample_len = x.len() / samples.max(1);
-        // SAFETY: every part of the chunk lies in one sample and is written by `add_branch`.
-        let y = unsafe {
-            filled(x.len(), 8, |start, y| {
-                let mut at = start;
-                while at < start + y.len() {
-                    let sample = at / sample_len;
-                    let end = ((sample + 1) * sample_len).min(start + y.len());
-                    let residual = residual.map(|residual| &residual[at..end]);
-                    let y = &mut y[at - start..end - start];
-                    add_branch(keep[sample], mask.scale(), &x[at..end], residual, y);
-                    at = end;
-                }
-            })
+        let part = |start: usize, y: &mut [MaybeUninit<E>]| {
+            let mut at = start;
+            while at < start + y.len() {
+                let sample = at / sample_len;
+                let end = ((sample + 1) * sample_len).min(start + y.len());
+                let residual = residual.map(|residual| &residual[at..end]);
+                let y = &mut y[at - start..end - start];
+                add_branch(keep[sample], mask.scale(), &x[at..end], residual, y);
+                at = end;
+            }
         };
+        // SAFETY: every part of the chunk lies in one sample and is written by `add_branch`.
+        let y = unsafe { filled::<E>(x.len(), 8, part) };
         Ok(storage(y))
     })
 }

@@ -4,9 +4,10 @@ pub(super) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 
-use crate::elem::{check_dtype, check_same};
+use crate::check::{check_dtype, check_same};
+use crate::graph::{node, run_pass};
 use crate::mask::{DropMask, MaskArgs};
 
 const NAME: &str = "drop_path_add";
@@ -72,7 +73,24 @@ pub fn drop_path_add(
     check_same(NAME, "residual", residual, x)?;
     let samples = samples(NAME, depth, x)?;
     let mask = drop.args(NAME, &[1, samples])?;
-    x.contiguous()?.apply_op2(&residual.contiguous()?, DropPathAdd { mask, samples })
+    let (x, residual) = (x.contiguous()?, residual.contiguous()?);
+    let y = run_pass!(NAME, x, fwd(&mask, samples, &x, Some(&residual)))?;
+    node(NAME, [Some(&x), Some(&residual)], (y, x.shape()), move |back| {
+        let dy = back.dy.contiguous()?;
+        let dx = back.of(0, || match mask.keeps_all() {
+            true => Ok(dy.clone()),
+            false => branch_alone(mask, samples, &dy),
+        })?;
+        Ok([dx, Some(dy)])
+    })
+}
+
+/// The branch without a residual: the gradient of x, and its own.
+fn branch_alone(mask: MaskArgs, samples: usize, x: &Tensor) -> Result<Tensor> {
+    let y = run_pass!(NAME, x, fwd(&mask, samples, x, None))?;
+    node("drop_path", [Some(x)], (y, x.shape()), move |back| {
+        Ok([Some(branch_alone(mask, samples, &back.dy.contiguous()?)?)])
+    })
 }
 
 /// How many samples draw for themselves.
@@ -84,84 +102,5 @@ pub(super) fn samples(op: &str, depth: StochasticDepth, x: &Tensor) -> Result<us
             "{op}: x: expected a batch dimension, got a scalar; unsqueeze it or use \
              StochasticDepth::Batch"
         ),
-    }
-}
-
-#[derive(Clone, Copy)]
-struct DropPathAdd {
-    mask: MaskArgs,
-    samples: usize,
-}
-
-impl CustomOp2 for DropPathAdd {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        residual: &CpuStorage,
-        residual_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let residual = Some((residual, residual_layout));
-        let y = cpu::fwd(&self.mask, self.samples, (x, x_layout), residual)?;
-        Ok((y, x_layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        x_layout: &Layout,
-        residual: &candle_core::CudaStorage,
-        residual_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let residual = Some((residual, residual_layout));
-        let y = cuda::fwd(&self.mask, self.samples, (x, x_layout), residual)?;
-        Ok((y, x_layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        residual: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let dx = match x.track_op() {
-            true if self.mask.keeps_all() => Some(dy.clone()),
-            true => Some(dy.apply_op1(*self)?),
-            false => None,
-        };
-        Ok((dx, residual.track_op().then_some(dy)))
-    }
-}
-
-/// The branch alone, without a residual: the gradient of x.
-impl CustomOp1 for DropPathAdd {
-    fn name(&self) -> &'static str {
-        "drop_path"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = cpu::fwd(&self.mask, self.samples, (x, layout), None)?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let y = cuda::fwd(&self.mask, self.samples, (x, layout), None)?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(dy.contiguous()?.apply_op1(*self)?))
     }
 }

@@ -5,11 +5,12 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
-use crate::elem::{check_alike, check_dtype};
+use super::drop_path_add::{StochasticDepth, drop_path_add, samples};
+use crate::check::{check_alike, check_device, check_dtype};
+use crate::graph::{detached, node, run_pass};
 use crate::mask::DropMask;
-use crate::ops::drop_path_add::{StochasticDepth, drop_path_add, samples};
 
 const NAME: &str = "drop_path_kept";
 
@@ -96,13 +97,7 @@ pub fn drop_path_kept(
             residual.dims()
         )
     }
-    if !residual.device().same_device(x.device()) {
-        bail!(
-            "{NAME}: residual: expected device {:?} like x, got {:?}; move it with to_device",
-            x.device().location(),
-            residual.device().location()
-        )
-    }
+    check_device(NAME, "residual", residual, "x", x.device())?;
     let samples = samples(NAME, depth, x)?;
     let mask = drop.args(NAME, &[1, samples])?;
     let keep = mask.keep_first_row(samples);
@@ -114,13 +109,13 @@ pub fn drop_path_kept(
         return drop_path_add(&branch, &residual, depth, drop);
     }
     let places = Places::new(&keep, x.device())?;
-    let op = ScatterAdd { places: places.clone(), scale: mask.scale() };
-    if places.of_kept.is_none() {
-        return x.contiguous()?.apply_op2(&residual, op);
-    }
-    let branch = branch(&x.contiguous()?.apply_op1(Gather(places))?)?;
+    let x = x.contiguous()?;
+    let Some(of_kept) = places.of_kept.clone() else {
+        return scatter_add(places, mask.scale(), &x, &residual);
+    };
+    let branch = branch(&gather(&places, &of_kept, &x)?)?;
     check_branch(&branch, &residual, kept)?;
-    branch.contiguous()?.apply_op2(&residual, op)
+    scatter_add(places, mask.scale(), &branch.contiguous()?, &residual)
 }
 
 fn check_branch(branch: &Tensor, residual: &Tensor, kept: usize) -> Result<()> {
@@ -162,138 +157,42 @@ impl Places {
     }
 }
 
-/// `y[n] = x[places[n]] * scale`, or 0 where a sample comes from nowhere. It has no backward pass:
-/// the two ops below have, and are made of it.
-struct Move<'a> {
-    places: &'a Tensor,
-    scale: f32,
-}
-
-impl Move<'_> {
-    /// x with as many samples as there are places.
-    fn output(&self, x: &Layout) -> Shape {
-        let mut dims = x.dims().to_vec();
-        if let Some(samples) = dims.first_mut() {
-            *samples = self.places.elem_count();
-        }
-        dims.into()
+/// `y[n] = x[places[n]] * scale`, or 0 where a sample comes from nowhere; no part of a graph.
+fn moved(x: &Tensor, places: &Tensor, scale: f32) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    if let Some(samples) = dims.first_mut() {
+        *samples = places.elem_count();
     }
-}
-
-impl CustomOp1 for Move<'_> {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let shape = self.output(layout);
-        let y = cpu::fwd(self.places, self.scale, (x, layout), None, &shape)?;
-        Ok((y, shape))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let shape = self.output(layout);
-        let y = cuda::fwd(self.places, self.scale, (x, layout), None, &shape)?;
-        Ok((y, shape))
-    }
+    let len = dims.iter().product();
+    Ok(detached(run_pass!(NAME, x, fwd(places, scale, x, None, len))?, dims))
 }
 
 /// The kept samples of a batch, of which there is at least one.
-struct Gather(Places);
-
-impl Gather {
-    fn forward(&self) -> Result<Move<'_>> {
-        let Some(places) = &self.0.of_kept else {
-            bail!("{NAME}: expected a kept sample to gather, got none; leave the branch out")
-        };
-        Ok(Move { places, scale: 1. })
-    }
+fn gather(places: &Places, of_kept: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    dims[0] = of_kept.elem_count();
+    let len = dims.iter().product();
+    let kept = run_pass!(NAME, x, fwd(of_kept, 1., x, None, len))?;
+    let of_samples = places.of_samples.clone();
+    node("drop_path_gather", [Some(x)], (kept, dims), move |back| {
+        Ok([Some(moved(&back.dy.contiguous()?, &of_samples, 1.)?)])
+    })
 }
 
-impl CustomOp1 for Gather {
-    fn name(&self) -> &'static str {
-        "drop_path_gather"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.forward()?.cpu_fwd(x, layout)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        self.forward()?.cuda_fwd(x, layout)
-    }
-
-    fn bwd(&self, _x: &Tensor, _kept: &Tensor, dkept: &Tensor) -> Result<Option<Tensor>> {
-        let backward = Move { places: &self.0.of_samples, scale: 1. };
-        dkept.contiguous()?.apply_op1_no_bwd(&backward).map(Some)
-    }
-}
-
-/// The result of the branch, scaled and added to the residual. Where no sample is kept there is no
-/// such result: x takes its place, is not read, and gets zero gradients.
-struct ScatterAdd {
-    places: Places,
-    scale: f32,
-}
-
-impl CustomOp2 for ScatterAdd {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        branch: &CpuStorage,
-        branch_layout: &Layout,
-        residual: &CpuStorage,
-        residual_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let residual = (residual, residual_layout);
-        // What is not read may be any tensor of the right dtype.
-        let branch = if self.places.of_kept.is_some() { (branch, branch_layout) } else { residual };
-        let shape = residual_layout.shape().clone();
-        let y = cpu::fwd(&self.places.of_samples, self.scale, branch, Some(residual), &shape)?;
-        Ok((y, shape))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        branch: &candle_core::CudaStorage,
-        branch_layout: &Layout,
-        residual: &candle_core::CudaStorage,
-        residual_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let residual = (residual, residual_layout);
-        let branch = if self.places.of_kept.is_some() { (branch, branch_layout) } else { residual };
-        let shape = residual_layout.shape().clone();
-        let y = cuda::fwd(&self.places.of_samples, self.scale, branch, Some(residual), &shape)?;
-        Ok((y, shape))
-    }
-
-    fn bwd(
-        &self,
-        branch: &Tensor,
-        residual: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let dbranch = match &self.places.of_kept {
-            _ if !branch.track_op() => None,
-            None => Some(branch.zeros_like()?),
-            Some(places) => Some(dy.apply_op1_no_bwd(&Move { places, scale: self.scale })?),
-        };
-        Ok((dbranch, residual.track_op().then_some(dy)))
-    }
+/// The result of the branch, scaled and added to the residual. Where no sample is kept there is no such
+/// result: x takes its place, is not read, and gets zero gradients.
+fn scatter_add(places: Places, scale: f32, branch: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    // What is not read may be any tensor of the right dtype.
+    let read = if places.of_kept.is_some() { branch } else { residual };
+    let (of_samples, len) = (&places.of_samples, residual.elem_count());
+    let y = run_pass!(NAME, read, fwd(of_samples, scale, read, Some(residual), len))?;
+    let unread = branch.detach();
+    node(NAME, [Some(branch), Some(residual)], (y, residual.shape()), move |back| {
+        let dy = back.dy.contiguous()?;
+        let dbranch = back.of(0, || match &places.of_kept {
+            None => unread.zeros_like(),
+            Some(of_kept) => moved(&dy, of_kept, scale),
+        })?;
+        Ok([dbranch, Some(dy)])
+    })
 }

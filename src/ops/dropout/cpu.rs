@@ -1,23 +1,22 @@
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{Result, Storage, Tensor};
 
 use super::NAME;
-use crate::elem::{Element, Real, for_float_dtype, rows_cols, slice, storage};
+use crate::check::rows_cols;
+use crate::cpu::{Element, Real, filled, for_float_dtype, storage, vectorized};
+use crate::input::Input;
 use crate::mask::MaskArgs;
-use crate::parallel::filled;
-use crate::simd::vectorized;
 
-pub(super) fn fwd(mask: &MaskArgs, x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-    let (_, cols) = rows_cols(layout.dims());
-    for_float_dtype!(NAME, x, |E| {
-        let x = slice::<E>(NAME, x, layout)?;
+pub(super) fn fwd(mask: &MaskArgs, x: &Tensor) -> Result<Storage> {
+    let (_, cols) = rows_cols(x.dims());
+    let x = Input::new(NAME, x);
+    for_float_dtype!(x, |E| {
+        let x = x.slice::<E>()?;
+        let part =
+            |start: usize, y: &mut [_]| select_scaled(mask, start, cols, &x[start..][..y.len()], y);
         // SAFETY: `select_scaled` writes all of `y`.
-        let y = unsafe {
-            filled(x.len(), 8, |start, y| {
-                select_scaled(mask, start, cols, &x[start..][..y.len()], y)
-            })
-        };
+        let y = unsafe { filled::<E>(x.len(), 8, part) };
         Ok(storage(y))
     })
 }

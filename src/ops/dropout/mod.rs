@@ -4,9 +4,10 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Tensor};
 
-use crate::elem::check_dtype;
+use crate::check::check_dtype;
+use crate::graph::{node, run_pass};
 use crate::mask::{DropMask, MaskArgs};
 
 const NAME: &str = "dropout";
@@ -52,38 +53,16 @@ pub fn dropout(x: &Tensor, drop: &DropMask) -> Result<Tensor> {
     if drop.is_none() {
         return Ok(x.clone());
     }
-    x.contiguous()?.apply_op1(Dropout { mask })
+    select_scaled(mask, &x.contiguous()?)
 }
 
-/// The op; its backward pass is the op itself, applied to the gradient.
-struct Dropout {
-    mask: MaskArgs,
-}
-
-impl CustomOp1 for Dropout {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((cpu::fwd(&self.mask, x, layout)?, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        Ok((cuda::fwd(&self.mask, x, layout)?, layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        dx(&self.mask, &dy.contiguous()?).map(Some)
-    }
+/// `y` from a contiguous `x`; the gradient is the op itself, applied to `dy`.
+fn select_scaled(mask: MaskArgs, x: &Tensor) -> Result<Tensor> {
+    let y = run_pass!(NAME, x, fwd(&mask, x))?;
+    node(NAME, [Some(x)], (y, x.shape()), move |back| Ok([Some(dx(mask, &back.dy.contiguous()?)?)]))
 }
 
 /// The gradient of what is dropped, from a contiguous `dy`: for every op that ends in a dropout.
-pub(super) fn dx(mask: &MaskArgs, dy: &Tensor) -> Result<Tensor> {
-    if mask.keeps_all() { Ok(dy.clone()) } else { dy.apply_op1(Dropout { mask: *mask }) }
+pub(super) fn dx(mask: MaskArgs, dy: &Tensor) -> Result<Tensor> {
+    if mask.keeps_all() { Ok(dy.clone()) } else { select_scaled(mask, dy) }
 }

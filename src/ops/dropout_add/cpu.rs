@@ -1,32 +1,32 @@
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{Result, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::NAME;
-use crate::elem::{Element, Real, for_float_dtype, rows_cols, slice, storage};
+use crate::check::rows_cols;
+use crate::cpu::{Element, Real, filled, for_float_dtype, optional_slice, storage, vectorized};
+use crate::input::Input;
 use crate::mask::MaskArgs;
-use crate::parallel::filled;
-use crate::simd::vectorized;
 
 pub(super) fn fwd(
     mask: &MaskArgs,
-    (x, layout): (&CpuStorage, &Layout),
-    (residual, residual_layout): (&CpuStorage, &Layout),
-    bias: Option<(&CpuStorage, &Layout)>,
-) -> Result<CpuStorage> {
-    let (_, cols) = rows_cols(layout.dims());
-    for_float_dtype!(NAME, x, |E| {
-        let x = slice::<E>(NAME, x, layout)?;
-        let residual = slice::<E>(NAME, residual, residual_layout)?;
-        let bias = bias.map(|(bias, layout)| slice::<E>(NAME, bias, layout)).transpose()?;
-        // SAFETY: `add_selected` writes all of `y`.
-        let y = unsafe {
-            filled(x.len(), 8, |start, y| {
-                let (x, residual) = (&x[start..][..y.len()], &residual[start..][..y.len()]);
-                add_selected(mask, start, cols, x, residual, bias, y)
-            })
+    x: &Tensor,
+    residual: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Storage> {
+    let (_, cols) = rows_cols(x.dims());
+    let (x, residual) = (Input::new(NAME, x), Input::new(NAME, residual));
+    let bias = Input::optional(NAME, bias);
+    for_float_dtype!(x, |E| {
+        let (x, residual) = (x.slice::<E>()?, residual.slice::<E>()?);
+        let bias = optional_slice::<E>(&bias)?;
+        let part = |start: usize, y: &mut [_]| {
+            let (x, residual) = (&x[start..][..y.len()], &residual[start..][..y.len()]);
+            add_selected(mask, start, cols, x, residual, bias, y)
         };
+        // SAFETY: `add_selected` writes all of `y`.
+        let y = unsafe { filled::<E>(x.len(), 8, part) };
         Ok(storage(y))
     })
 }
@@ -73,12 +73,10 @@ const MAX_PARTIALS: usize = 64;
 /// Rows whose sum is added to that of their chunk: rounding errors grow with the length of a chain.
 const BLOCK_ROWS: usize = 128;
 
-pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-    let (_, cols) = rows_cols(layout.dims());
-    for_float_dtype!(NAME, dy, |E| {
-        let dy = slice::<E>(NAME, dy, layout)?;
-        Ok(storage(column_sums(mask, dy, cols)))
-    })
+pub(super) fn bwd_bias(mask: &MaskArgs, dy: &Tensor) -> Result<Storage> {
+    let (_, cols) = rows_cols(dy.dims());
+    let dy = Input::new(NAME, dy);
+    for_float_dtype!(dy, |E| Ok(storage(column_sums(mask, dy.slice::<E>()?, cols))))
 }
 
 fn column_sums<E: Element>(mask: &MaskArgs, dy: &[E], cols: usize) -> Vec<E> {

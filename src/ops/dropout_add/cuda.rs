@@ -1,82 +1,71 @@
-use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::{CudaStorage, Layout, Result};
+use candle_core::{Result, Storage, Tensor};
 
 use super::NAME;
-use crate::elem::rows_cols;
-use crate::launch::config::{column_sums, column_totals, elementwise};
-use crate::launch::cuda::{
-    for_cuda_dtype, kernel_name, launch, multiprocessors, optional_view, output, ptx,
-    push_optional, view,
+use super::args::ColumnSumsGrids;
+use crate::check::rows_cols;
+use crate::cuda::sizes::elementwise;
+use crate::cuda::{
+    Module, for_cuda_dtype, launch, multiprocessors, optional_view, output, ptx, push_optional,
+    storage,
 };
+use crate::input::Input;
 use crate::mask::MaskArgs;
 
-/// Candle caches the compiled module under this name, for all crates of a program.
-const MODULE: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::dropout_add");
+const KERNELS: Module = Module::new(NAME, ptx::DROPOUT_ADD);
 
 pub(super) fn fwd(
     mask: &MaskArgs,
-    (x, layout): (&CudaStorage, &Layout),
-    (residual, residual_layout): (&CudaStorage, &Layout),
-    bias: Option<(&CudaStorage, &Layout)>,
-) -> Result<CudaStorage> {
-    let device = x.device();
-    let (rows, cols) = rows_cols(layout.dims());
-    for_cuda_dtype!(NAME, x, |T| {
-        let x = view::<T>(NAME, x, layout)?;
-        let residual = view::<T>(NAME, residual, residual_layout)?;
-        let bias = optional_view::<T>(NAME, bias)?;
+    x: &Tensor,
+    residual: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Storage> {
+    let (rows, cols) = rows_cols(x.dims());
+    let (x, residual) = (Input::new(NAME, x), Input::new(NAME, residual));
+    let bias = Input::optional(NAME, bias);
+    let device = x.cuda_device()?;
+    for_cuda_dtype!(x, |T| {
+        let (x, residual) = (x.view::<T>()?, residual.view::<T>()?);
+        let bias = optional_view::<T>(&bias)?;
         // SAFETY: `dropout_add_fwd` writes `rows * cols` elements.
         let y = unsafe { output::<T>(device, rows * cols) }?;
-        let kernel = device.get_or_load_custom_func(
-            &kernel_name::<T>("dropout_add_fwd"),
-            MODULE,
-            ptx::DROPOUT_ADD,
-        )?;
+        let kernel = KERNELS.kernel::<T>(device, "dropout_add_fwd")?;
         let sizes = [rows as u64, cols as u64];
-        let mut args = kernel.builder();
+        let mut args = kernel.args();
         args.arg(&x).arg(&residual);
         push_optional(&mut args, &bias);
         args.arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
         // SAFETY: (x, residual, bias, y, rows, cols, mask); x, residual and y hold `rows * cols`
         // elements, bias none or `cols`.
         unsafe { launch(args, elementwise(rows, cols, multiprocessors(device)?)) }?;
-        Ok(CudaStorage::wrap_cuda_slice(y, device.clone()))
+        Ok(storage(y, device))
     })
 }
 
-pub(super) fn bwd_bias(mask: &MaskArgs, dy: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
-    let device = dy.device();
-    let (rows, cols) = rows_cols(layout.dims());
-    let multiprocessors = multiprocessors(device)?;
-    for_cuda_dtype!(NAME, dy, |T| {
-        let dy = view::<T>(NAME, dy, layout)?;
-        let config = column_sums(rows, cols, multiprocessors);
-        let chunks = config.grid[1] as usize;
+pub(super) fn bwd_bias(mask: &MaskArgs, dy: &Tensor) -> Result<Storage> {
+    let (rows, cols) = rows_cols(dy.dims());
+    let dy = Input::new(NAME, dy);
+    let device = dy.cuda_device()?;
+    let grids = ColumnSumsGrids::new(rows, cols, multiprocessors(device)?);
+    let chunks = grids.sums.grid[1] as usize;
+    for_cuda_dtype!(dy, |T| {
+        let dy = dy.view::<T>()?;
         // SAFETY: `dropout_add_bwd_bias` writes `chunks * cols` elements.
         let sums = unsafe { output::<f32>(device, chunks * cols) }?;
-        let kernel = device.get_or_load_custom_func(
-            &kernel_name::<T>("dropout_add_bwd_bias"),
-            MODULE,
-            ptx::DROPOUT_ADD,
-        )?;
+        let kernel = KERNELS.kernel::<T>(device, "dropout_add_bwd_bias")?;
         let sizes = [rows as u64, cols as u64, chunks as u64];
-        let mut args = kernel.builder();
+        let mut args = kernel.args();
         args.arg(&dy).arg(&sums).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
         // SAFETY: (dy, sums, rows, cols, mask); dy holds `rows * cols` elements, sums `chunks * cols`.
-        unsafe { launch(args, config) }?;
+        unsafe { launch(args, grids.sums) }?;
 
         // SAFETY: `dropout_add_bwd_bias_total` writes `cols` elements.
         let dbias = unsafe { output::<T>(device, cols) }?;
-        let kernel = device.get_or_load_custom_func(
-            &kernel_name::<T>("dropout_add_bwd_bias_total"),
-            MODULE,
-            ptx::DROPOUT_ADD,
-        )?;
-        let mut args = kernel.builder();
+        let kernel = KERNELS.kernel::<T>(device, "dropout_add_bwd_bias_total")?;
+        let mut args = kernel.args();
         args.arg(&sums).arg(&dbias).arg(&sizes[2]).arg(&sizes[1]);
         // SAFETY: (sums, dbias, chunks, cols); sums holds `chunks * cols` elements, dbias `cols`.
-        unsafe { launch(args, column_totals(cols, multiprocessors)) }?;
-        Ok(CudaStorage::wrap_cuda_slice(dbias, device.clone()))
+        unsafe { launch(args, grids.totals) }?;
+        Ok(storage(dbias, device))
     })
 }

@@ -1,15 +1,17 @@
 //! `y = residual + (keep ? (x + bias) * scale : 0)`.
 
+mod args;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail,
-};
+use candle_core::{Result, Tensor};
+
+pub use args::ColumnSumsGrids;
 
 use super::dropout;
-use crate::elem::{check_alike, check_dtype, check_same, rows_cols};
+use crate::check::{check_bias, check_dtype, check_same, rows_cols};
+use crate::graph::{Backward, detached, node, run_pass};
 use crate::mask::{DropMask, MaskArgs};
 
 const NAME: &str = "dropout_add";
@@ -64,152 +66,26 @@ pub fn dropout_add(
     check_dtype(NAME, "x", x)?;
     check_same(NAME, "residual", residual, x)?;
     let mask = drop.args(NAME, x.dims())?;
-    let op = DropoutAdd { mask };
+    if let Some(bias) = bias {
+        check_bias(NAME, bias, x)?;
+    }
     let (x, residual) = (x.contiguous()?, residual.contiguous()?);
-    let Some(bias) = bias else {
-        return x.apply_op2(&residual, op);
-    };
-    check_bias(NAME, bias, &x)?;
-    x.apply_op3(&residual, &bias.contiguous()?, op)
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let y = run_pass!(NAME, x, fwd(&mask, &x, &residual, bias.as_ref()))?;
+    let inputs = [Some(&x), Some(&residual), bias.as_ref()];
+    node(NAME, inputs, (y, x.shape()), move |back| gradients(mask, back))
 }
 
-/// Checks that `bias` can be added to each row of `x`.
-pub(super) fn check_bias(op: &str, bias: &Tensor, x: &Tensor) -> Result<()> {
-    let (_, cols) = rows_cols(x.dims());
-    if bias.dims() != [cols] {
-        bail!(
-            "{op}: bias: expected shape [{cols}] like the last dimension of x {:?}, got {:?}; \
-             reshape it to one dimension",
-            x.dims(),
-            bias.dims()
-        )
-    }
-    check_alike(op, "bias", bias, x)
-}
-
-struct DropoutAdd {
-    mask: MaskArgs,
-}
-
-impl DropoutAdd {
-    fn dx(&self, x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        x.track_op().then(|| dropout::dx(&self.mask, dy)).transpose()
-    }
-}
-
-impl CustomOp2 for DropoutAdd {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        residual: &CpuStorage,
-        residual_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let y = cpu::fwd(&self.mask, (x, x_layout), (residual, residual_layout), None)?;
-        Ok((y, x_layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        x_layout: &Layout,
-        residual: &candle_core::CudaStorage,
-        residual_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let y = cuda::fwd(&self.mask, (x, x_layout), (residual, residual_layout), None)?;
-        Ok((y, x_layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        residual: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        Ok((self.dx(x, &dy)?, residual.track_op().then_some(dy)))
-    }
-}
-
-impl CustomOp3 for DropoutAdd {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        residual: &CpuStorage,
-        residual_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let bias = Some((bias, bias_layout));
-        let y = cpu::fwd(&self.mask, (x, x_layout), (residual, residual_layout), bias)?;
-        Ok((y, x_layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        x_layout: &Layout,
-        residual: &candle_core::CudaStorage,
-        residual_layout: &Layout,
-        bias: &candle_core::CudaStorage,
-        bias_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let bias = Some((bias, bias_layout));
-        let y = cuda::fwd(&self.mask, (x, x_layout), (residual, residual_layout), bias)?;
-        Ok((y, x_layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        residual: &Tensor,
-        bias: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let dbias = match bias.track_op() {
-            true => Some(dy.apply_op1(DropoutAddBias { mask: self.mask })?),
-            false => None,
-        };
-        Ok((self.dx(x, &dy)?, residual.track_op().then_some(dy), dbias))
-    }
+/// `dx`, `dresidual` and `dbias`, for every op that adds a dropout to a residual stream.
+pub(super) fn gradients(mask: MaskArgs, back: Backward<'_, 3>) -> Result<[Option<Tensor>; 3]> {
+    let dy = back.dy.contiguous()?;
+    let dx = back.of(0, || dropout::dx(mask, &dy))?;
+    let dbias = back.of(2, || column_sums(mask, &dy))?;
+    Ok([dx, Some(dy), dbias])
 }
 
 /// `dbias[c] = Σ_rows (keep ? dy * scale : 0)`, from dy itself and so without the rounding of dx.
-pub(super) struct DropoutAddBias {
-    pub(super) mask: MaskArgs,
-}
-
-impl CustomOp1 for DropoutAddBias {
-    fn name(&self) -> &'static str {
-        "dropout_add_bias"
-    }
-
-    fn cpu_fwd(&self, dy: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (_, cols) = rows_cols(layout.dims());
-        Ok((cpu::bwd_bias(&self.mask, dy, layout)?, Shape::from(cols)))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        dy: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let (_, cols) = rows_cols(layout.dims());
-        Ok((cuda::bwd_bias(&self.mask, dy, layout)?, Shape::from(cols)))
-    }
+pub(super) fn column_sums(mask: MaskArgs, dy: &Tensor) -> Result<Tensor> {
+    let (_, cols) = rows_cols(dy.dims());
+    Ok(detached(run_pass!(NAME, dy, bwd_bias(&mask, dy))?, cols))
 }

@@ -3,20 +3,14 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod norm;
 
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Module, Result,
-    Shape, Storage, Tensor,
-};
+use candle_core::{Module, Result, Tensor};
 
-use super::dropout;
-use super::dropout_add::{DropoutAddBias, check_bias};
-use crate::claim::{Claim, Input};
-use crate::elem::{check_dtype, check_same};
-use crate::mask::{DropMask, MaskArgs};
-use norm::unsupported_device;
-pub use norm::{Norm, layer_norm, rms_norm};
+use super::dropout_add;
+use super::norm::Norm;
+use crate::check::{check_bias, check_dtype, check_same};
+use crate::graph::{node, run_pass};
+use crate::mask::DropMask;
 
 const NAME: &str = "dropout_add_norm";
 
@@ -94,170 +88,9 @@ pub fn dropout_add_norm(
     let residual = residual.map(Tensor::contiguous).transpose()?;
     let bias = bias.map(Tensor::contiguous).transpose()?;
 
-    let (z, n) = fwd(&mask, &x, residual.as_ref(), bias.as_ref(), &norm)?;
-    let op = ClaimStream { mask, second: Second::Residual, z: Claim::new(z) };
-    let z = match (&residual, &bias) {
-        (None, None) => x.apply_op1(op),
-        (Some(residual), None) => x.apply_op2(residual, op),
-        (None, Some(bias)) => x.apply_op2(bias, ClaimStream { second: Second::Bias, ..op }),
-        (Some(residual), Some(bias)) => x.apply_op3(residual, bias, op),
-    }?;
-    let n = norm.apply(&z, n)?;
+    let [z, n] = run_pass!(NAME, x, fwd(&mask, &x, residual.as_ref(), bias.as_ref(), &norm))?;
+    let inputs = [Some(&x), residual.as_ref(), bias.as_ref()];
+    let z = node(NAME, inputs, (z, x.shape()), move |back| dropout_add::gradients(mask, back))?;
+    let n = norm.node(&z, n)?;
     Ok((z, n))
-}
-
-/// Both results, from one pass over contiguous tensors.
-fn fwd(
-    mask: &MaskArgs,
-    x: &Tensor,
-    residual: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    norm: &Norm,
-) -> Result<(Storage, Storage)> {
-    let (args, device) = (norm.args(), x.device());
-    let (x, weight) = (Input::new(x), Input::new(norm.weight()));
-    let optional = [residual, bias, norm.bias()].map(|tensor| tensor.map(Input::new));
-    match device {
-        Device::Cpu => {
-            let cpu = |at: usize| optional[at].as_ref().map(|input| input.cpu(NAME)).transpose();
-            let (x, weight) = (x.cpu(NAME)?, weight.cpu(NAME)?);
-            let (z, n) = cpu::fwd(mask, &args, x, cpu(0)?, cpu(1)?, weight, cpu(2)?)?;
-            Ok((Storage::Cpu(z), Storage::Cpu(n)))
-        }
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) => {
-            let cuda = |at: usize| optional[at].as_ref().map(|input| input.cuda(NAME)).transpose();
-            let (x, weight) = (x.cuda(NAME)?, weight.cuda(NAME)?);
-            let (z, n) = cuda::fwd(mask, &args, x, cuda(0)?, cuda(1)?, weight, cuda(2)?)?;
-            Ok((Storage::Cuda(z), Storage::Cuda(n)))
-        }
-        device => Err(unsupported_device(NAME, device)),
-    }
-}
-
-/// The first half of the op: its forward pass takes the `z` that [`fwd`] has finished.
-struct ClaimStream {
-    mask: MaskArgs,
-    second: Second,
-    z: Claim,
-}
-
-/// What the second of two arguments is.
-enum Second {
-    Residual,
-    Bias,
-}
-
-impl ClaimStream {
-    fn dx(&self, x: &Tensor, dz: &Tensor) -> Result<Option<Tensor>> {
-        x.track_op().then(|| dropout::dx(&self.mask, dz)).transpose()
-    }
-
-    fn dbias(&self, bias: &Tensor, dz: &Tensor) -> Result<Option<Tensor>> {
-        bias.track_op()
-            .then(|| dz.apply_op1_no_bwd(&DropoutAddBias { mask: self.mask }))
-            .transpose()
-    }
-}
-
-impl CustomOp1 for ClaimStream {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(&self, _x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((self.z.cpu(NAME)?, layout.shape().clone()))
-    }
-
-    fn cuda_fwd(&self, _x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok((self.z.cuda(NAME)?, layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _z: &Tensor, dz: &Tensor) -> Result<Option<Tensor>> {
-        self.dx(x, &dz.contiguous()?)
-    }
-}
-
-impl CustomOp2 for ClaimStream {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _x: &CpuStorage,
-        layout: &Layout,
-        _second: &CpuStorage,
-        _second_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok((self.z.cpu(NAME)?, layout.shape().clone()))
-    }
-
-    fn cuda_fwd(
-        &self,
-        _x: &CudaStorage,
-        layout: &Layout,
-        _second: &CudaStorage,
-        _second_layout: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Ok((self.z.cuda(NAME)?, layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        second: &Tensor,
-        _z: &Tensor,
-        dz: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dz = dz.contiguous()?;
-        let dx = self.dx(x, &dz)?;
-        match self.second {
-            Second::Residual => Ok((dx, second.track_op().then_some(dz))),
-            Second::Bias => Ok((dx, self.dbias(second, &dz)?)),
-        }
-    }
-}
-
-impl CustomOp3 for ClaimStream {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _x: &CpuStorage,
-        layout: &Layout,
-        _residual: &CpuStorage,
-        _residual_layout: &Layout,
-        _bias: &CpuStorage,
-        _bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok((self.z.cpu(NAME)?, layout.shape().clone()))
-    }
-
-    fn cuda_fwd(
-        &self,
-        _x: &CudaStorage,
-        layout: &Layout,
-        _residual: &CudaStorage,
-        _residual_layout: &Layout,
-        _bias: &CudaStorage,
-        _bias_layout: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Ok((self.z.cuda(NAME)?, layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        residual: &Tensor,
-        bias: &Tensor,
-        _z: &Tensor,
-        dz: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dz = dz.contiguous()?;
-        let (dx, dbias) = (self.dx(x, &dz)?, self.dbias(bias, &dz)?);
-        Ok((dx, residual.track_op().then_some(dz), dbias))
-    }
 }

@@ -1,10 +1,13 @@
-use candle_core::{Layout, Result, bail};
+use candle_core::{Result, bail};
+
+use crate::cuda::sizes::{Launch, THREADS, WIDTH};
 
 /// Where the rows of x and of the tables lie: the argument of the kernels. Twin of `struct RopeArgs`
 /// in `kernels/rope.cu`.
+#[doc(hidden)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct RopeArgs {
+pub struct RopeArgs {
     /// x is `[batches, heads, positions, 2 * half]`.
     pub(crate) batches: u64,
     pub(crate) heads: u64,
@@ -21,16 +24,15 @@ pub(crate) struct RopeArgs {
 }
 
 impl RopeArgs {
-    /// For x of a layout with 2 to 4 dimensions, the last one dense and even.
-    pub(crate) fn new(
+    /// For x of 2 to 4 dimensions, the last one dense and even.
+    pub fn new(
         op: &str,
-        layout: &Layout,
+        (dims, strides): (&[usize], &[usize]),
         table_dims: &[usize],
         inverse: bool,
         interleaved: bool,
     ) -> Result<Self> {
         let per_batch = table_dims.len() == 3;
-        let (dims, strides) = (layout.dims(), layout.stride());
         // A single leading dimension is that of the batch where each batch has tables of its own.
         let ([batches, heads, positions, size], [b, h, t, _]) = match (dims, strides, per_batch) {
             (&[t, d], &[st, sd], _) => ([1, 1, t, d], [0, 0, st, sd]),
@@ -51,6 +53,17 @@ impl RopeArgs {
             sin_sign: if inverse { -1. } else { 1. },
             interleaved: u32::from(interleaved),
         })
+    }
+
+    /// A team of lanes takes one position of several heads, whose angles they share.
+    pub fn launch(&self, multiprocessors: usize) -> Launch {
+        /// Heads that a thread rotates together: `HEADS` of `kernels/rope.cu`.
+        const HEADS: usize = 4;
+        let [batches, heads, positions, half] =
+            [self.batches, self.heads, self.positions, self.half].map(|size| size as usize);
+        let lanes = half.div_ceil(WIDTH).max(1).next_power_of_two().min(32);
+        let items = batches.saturating_mul(heads.div_ceil(HEADS)).saturating_mul(positions);
+        Launch::teams(lanes, THREADS / lanes, items, multiprocessors)
     }
 
     /// Batch, head and position of row `row` of y.
@@ -86,6 +99,19 @@ mod tests {
     use std::mem::offset_of;
 
     use super::*;
+    use crate::cuda::sizes::limits::*;
+
+    #[test]
+    fn grids_are_whole_warps_and_fit() {
+        let launch = |[batches, heads, positions, half]: [usize; 4]| {
+            let dims = [batches, heads, positions, 2 * half];
+            let args =
+                RopeArgs::new("rope", (&dims, &[0, 0, 0, 1]), &[positions, half], false, false);
+            args.expect("four dimensions").launch(MULTIPROCESSORS)
+        };
+        assert_whole_warps(|half| launch([2, 7, 5, half]));
+        assert_grid_fits(|positions, half| launch([3, 5, positions, half]));
+    }
 
     #[test]
     fn the_layout_is_that_of_the_kernels() {

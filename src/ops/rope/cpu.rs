@@ -1,27 +1,19 @@
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, Layout, Result, Tensor, WithDType};
+use candle_core::{Result, Storage, Tensor};
 
 use super::{NAME, RopeArgs};
-use crate::claim::Input;
-use crate::elem::{Element, Real, for_float_dtype, reals, storage};
-use crate::parallel::filled;
-use crate::simd::vectorized;
+use crate::cpu::{Element, Real, filled, for_float_dtype, storage, vectorized};
+use crate::input::Input;
 
-pub(super) fn fwd(
-    args: &RopeArgs,
-    (x, layout): (&CpuStorage, &Layout),
-    cos: &Tensor,
-    sin: &Tensor,
-) -> Result<CpuStorage> {
-    let size = 2 * args.half as usize;
-    let len = layout.shape().elem_count();
-    let (cos, sin) = (Input::new(cos), Input::new(sin));
-    for_float_dtype!(NAME, x, |E| {
-        let x = &E::cpu_storage_as_slice(x)?[layout.start_offset()..];
-        let (cos, sin) = (reals(NAME, cos.cpu(NAME)?)?, reals(NAME, sin.cpu(NAME)?)?);
+pub(super) fn fwd(args: &RopeArgs, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Storage> {
+    let (size, len) = (2 * args.half as usize, x.elem_count());
+    let [x, cos, sin] = [x, cos, sin].map(|x| Input::new(NAME, x));
+    for_float_dtype!(x, |E| {
+        let (x, cos, sin) = (x.strided_slice::<E>()?, cos.reals()?, sin.reals()?);
+        let part = |start: usize, y: &mut [_]| rotate_rows(args, start, x, cos, sin, y);
         // SAFETY: chunks are whole rows, and `rotate_rows` writes every row of `y`.
-        let y = unsafe { filled(len, size, |start, y| rotate_rows(args, start, x, cos, sin, y)) };
+        let y = unsafe { filled::<E>(len, size, part) };
         Ok(storage(y))
     })
 }

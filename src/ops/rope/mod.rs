@@ -5,11 +5,12 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 
-pub(crate) use args::RopeArgs;
+pub use args::RopeArgs;
 
-use crate::elem::check_dtype;
+use crate::check::{check_device, check_dtype};
+use crate::graph::{node, run_pass};
 
 const NAME: &str = "rope";
 
@@ -96,7 +97,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, style: RopeStyle) -> Result<
             sin.dims()
         )
     }
-    Rope { cos, sin, style, inverse: false }.apply(x)
+    rotate(x, cos, sin, style, false)
 }
 
 /// A table in the form that kernels take.
@@ -115,13 +116,7 @@ fn table(arg: &str, table: &Tensor, x: &Tensor, shared: [usize; 2]) -> Result<Te
             table.dims()
         )
     }
-    if !table.device().same_device(x.device()) {
-        bail!(
-            "{NAME}: {arg}: expected device {:?} like x, got {:?}; move it with to_device",
-            x.device().location(),
-            table.device().location()
-        )
-    }
+    check_device(NAME, arg, table, "x", x.device())?;
     if table.track_op() {
         bail!("{NAME}: {arg}: expected a constant, got one that tracks a gradient; detach() it")
     }
@@ -129,47 +124,14 @@ fn table(arg: &str, table: &Tensor, x: &Tensor, shared: [usize; 2]) -> Result<Te
     table.to_dtype(dtype)?.contiguous()
 }
 
-struct Rope {
-    cos: Tensor,
-    sin: Tensor,
-    style: RopeStyle,
-    inverse: bool,
-}
-
-impl Rope {
-    fn apply(self, x: &Tensor) -> Result<Tensor> {
-        let is_dense = x.dim(D::Minus1)? <= 1 || x.stride().last() == Some(&1);
-        if is_dense { x.apply_op1(self) } else { x.contiguous()?.apply_op1(self) }
-    }
-
-    fn args(&self, layout: &Layout) -> Result<RopeArgs> {
-        let interleaved = self.style == RopeStyle::Interleaved;
-        RopeArgs::new(NAME, layout, self.cos.dims(), self.inverse, interleaved)
-    }
-}
-
-impl CustomOp1 for Rope {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = cpu::fwd(&self.args(layout)?, (x, layout), &self.cos, &self.sin)?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let y = cuda::fwd(&self.args(layout)?, (x, layout), &self.cos, &self.sin)?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let (cos, sin) = (self.cos.clone(), self.sin.clone());
-        Self { cos, sin, style: self.style, inverse: !self.inverse }.apply(dy).map(Some)
-    }
+/// Forwards or backwards; the gradient is the other of the two.
+fn rotate(x: &Tensor, cos: Tensor, sin: Tensor, style: RopeStyle, inverse: bool) -> Result<Tensor> {
+    let is_dense = x.dim(D::Minus1)? <= 1 || x.stride().last() == Some(&1);
+    let x = if is_dense { x.clone() } else { x.contiguous()? };
+    let interleaved = style == RopeStyle::Interleaved;
+    let args = RopeArgs::new(NAME, (x.dims(), x.stride()), cos.dims(), inverse, interleaved)?;
+    let y = run_pass!(NAME, x, fwd(&args, &x, &cos, &sin))?;
+    node(NAME, [Some(&x)], (y, x.shape()), move |back| {
+        Ok([Some(rotate(back.dy, cos.clone(), sin.clone(), style, !inverse)?)])
+    })
 }

@@ -1,31 +1,31 @@
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{Result, Storage, Tensor};
 
 use super::NAME;
-use super::mask::ScoreArgs;
-use crate::elem::{Element, Real, for_float_dtype, rows_cols, slice, storage};
-use crate::lanes::{lane_max, lane_sum};
+use super::args::ScoreArgs;
+use crate::check::rows_cols;
+use crate::cpu::{
+    Element, Real, filled, for_float_dtype, lane_max, lane_sum, optional_slice, storage, vectorized,
+};
+use crate::input::Input;
 use crate::mask::MaskArgs;
-use crate::parallel::filled;
-use crate::simd::vectorized;
 
 pub(super) fn fwd(
     drop: &MaskArgs,
     args: &ScoreArgs,
-    (scores, layout): (&CpuStorage, &Layout),
-    additive: Option<(&CpuStorage, &Layout)>,
-) -> Result<CpuStorage> {
-    let (_, cols) = rows_cols(layout.dims());
-    for_float_dtype!(NAME, scores, |E| {
-        let scores = slice::<E>(NAME, scores, layout)?;
-        let additive = additive.map(|(mask, layout)| slice::<E>(NAME, mask, layout)).transpose()?;
-        // SAFETY: chunks are whole rows, and `rows_fwd` writes every row of `y`.
-        let y = unsafe {
-            filled(scores.len(), cols, |start, y| {
-                rows_fwd(drop, args, start, cols, &scores[start..][..y.len()], additive, y)
-            })
+    scores: &Tensor,
+    additive: Option<&Tensor>,
+) -> Result<Storage> {
+    let (_, cols) = rows_cols(scores.dims());
+    let (scores, additive) = (Input::new(NAME, scores), Input::optional(NAME, additive));
+    for_float_dtype!(scores, |E| {
+        let (scores, additive) = (scores.slice::<E>()?, optional_slice::<E>(&additive)?);
+        let part = |start: usize, y: &mut [_]| {
+            rows_fwd(drop, args, start, cols, &scores[start..][..y.len()], additive, y)
         };
+        // SAFETY: chunks are whole rows, and `rows_fwd` writes every row of `y`.
+        let y = unsafe { filled::<E>(scores.len(), cols, part) };
         Ok(storage(y))
     })
 }
@@ -33,23 +33,22 @@ pub(super) fn fwd(
 pub(super) fn bwd(
     drop: &MaskArgs,
     args: &ScoreArgs,
-    (scores, layout): (&CpuStorage, &Layout),
-    additive: Option<(&CpuStorage, &Layout)>,
-    (dy, dy_layout): (&CpuStorage, &Layout),
-) -> Result<CpuStorage> {
-    let (_, cols) = rows_cols(layout.dims());
-    for_float_dtype!(NAME, scores, |E| {
-        let scores = slice::<E>(NAME, scores, layout)?;
-        let additive = additive.map(|(mask, layout)| slice::<E>(NAME, mask, layout)).transpose()?;
-        let dy = slice::<E>(NAME, dy, dy_layout)?;
-        // SAFETY: chunks are whole rows, and `rows_bwd` writes every row of `dscores`.
-        let dscores = unsafe {
-            filled(scores.len(), cols, |start, dscores| {
-                let (scores, dy) =
-                    (&scores[start..][..dscores.len()], &dy[start..][..dscores.len()]);
-                rows_bwd(drop, args, start, cols, scores, additive, dy, dscores)
-            })
+    scores: &Tensor,
+    additive: Option<&Tensor>,
+    dy: &Tensor,
+) -> Result<Storage> {
+    let (_, cols) = rows_cols(scores.dims());
+    let (scores, additive) = (Input::new(NAME, scores), Input::optional(NAME, additive));
+    let dy = Input::new(NAME, dy);
+    for_float_dtype!(scores, |E| {
+        let (scores, dy) = (scores.slice::<E>()?, dy.slice::<E>()?);
+        let additive = optional_slice::<E>(&additive)?;
+        let part = |start: usize, dscores: &mut [_]| {
+            let (scores, dy) = (&scores[start..][..dscores.len()], &dy[start..][..dscores.len()]);
+            rows_bwd(drop, args, start, cols, scores, additive, dy, dscores)
         };
+        // SAFETY: chunks are whole rows, and `rows_bwd` writes every row of `dscores`.
+        let dscores = unsafe { filled::<E>(scores.len(), cols, part) };
         Ok(storage(dscores))
     })
 }

@@ -1,19 +1,18 @@
 //! `y = dropout(softmax(scale * scores + mask))`.
 
+pub(super) mod args;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod mask;
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail,
-};
+use candle_core::{Result, Tensor, bail};
 
-use crate::elem::{check_alike, check_dtype};
+pub use args::{AttentionMask, ScoreArgs};
+
+use crate::check::{check_alike, check_dtype};
+use crate::graph::{Backward, detached, node, run_pass};
 use crate::mask::{DropMask, MaskArgs};
-pub use mask::AttentionMask;
-pub(crate) use mask::ScoreArgs;
-use mask::sum_to_shape;
+use args::sum_to_shape;
 
 const NAME: &str = "softmax_dropout";
 
@@ -71,178 +70,45 @@ pub fn softmax_dropout(
     if !(scale as f32).is_finite() {
         bail!("{NAME}: scale: expected a finite f32, got {scale}; the usual one is 1/sqrt(D)")
     }
-    let op = SoftmaxDropout {
-        drop: drop.args(NAME, scores.dims())?,
-        scores: ScoreArgs::new(NAME, scores.dims(), scale, mask)?,
-    };
+    let drop = drop.args(NAME, scores.dims())?;
+    let args = ScoreArgs::new(NAME, scores.dims(), scale, mask)?;
     let scores = scores.contiguous()?;
-    match mask {
-        AttentionMask::None | AttentionMask::Causal => scores.apply_op1(op),
+    let additive = match mask {
+        AttentionMask::None | AttentionMask::Causal => None,
         AttentionMask::Additive(additive) => {
             check_alike(NAME, "mask", additive, &scores)?;
-            scores.apply_op2(&additive.contiguous()?, op)
+            Some(additive.contiguous()?)
         }
-    }
+    };
+    let y = run_pass!(NAME, scores, fwd(&drop, &args, &scores, additive.as_ref()))?;
+    let again = (scores.detach(), additive.as_ref().map(Tensor::detach));
+    node(NAME, [Some(&scores), additive.as_ref()], (y, scores.shape()), move |back| {
+        gradients(&drop, &args, &again.0, again.1.as_ref(), back)
+    })
 }
 
-#[derive(Clone, Copy)]
-struct SoftmaxDropout {
-    drop: MaskArgs,
-    scores: ScoreArgs,
-}
-
-impl CustomOp1 for SoftmaxDropout {
-    fn name(&self) -> &'static str {
-        NAME
+/// `dscores` and `dmask`.
+fn gradients(
+    drop: &MaskArgs,
+    args: &ScoreArgs,
+    scores: &Tensor,
+    additive: Option<&Tensor>,
+    back: Backward<'_, 2>,
+) -> Result<[Option<Tensor>; 2]> {
+    if drop.drops_all() {
+        let dadditive = additive.map(Tensor::zeros_like).transpose()?;
+        return Ok([Some(scores.zeros_like()?), dadditive]);
     }
-
-    fn cpu_fwd(&self, scores: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = cpu::fwd(&self.drop, &self.scores, (scores, layout), None)?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        scores: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let y = cuda::fwd(&self.drop, &self.scores, (scores, layout), None)?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    fn bwd(&self, scores: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        if self.drop.drops_all() {
-            return scores.zeros_like().map(Some);
-        }
-        let grad = SoftmaxDropoutGrad(*self);
-        scores.apply_op2_no_bwd(&dy.contiguous()?, &grad).map(Some)
-    }
-}
-
-impl CustomOp2 for SoftmaxDropout {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        scores: &CpuStorage,
-        layout: &Layout,
-        additive: &CpuStorage,
-        additive_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let additive = Some((additive, additive_layout));
-        let y = cpu::fwd(&self.drop, &self.scores, (scores, layout), additive)?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        scores: &candle_core::CudaStorage,
-        layout: &Layout,
-        additive: &candle_core::CudaStorage,
-        additive_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let additive = Some((additive, additive_layout));
-        let y = cuda::fwd(&self.drop, &self.scores, (scores, layout), additive)?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        scores: &Tensor,
-        additive: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        if self.drop.drops_all() {
-            let zeros = |arg: &Tensor| arg.track_op().then(|| arg.zeros_like()).transpose();
-            return Ok((zeros(scores)?, zeros(additive)?));
-        }
-        let dy = dy.contiguous()?;
-        if !additive.track_op() {
-            let grad = SoftmaxDropoutGrad(*self);
-            return Ok((Some(scores.apply_op3_no_bwd(additive, &dy, &grad)?), None));
-        }
-        // The mask is added after the scaling, so its gradient is that of unscaled scores.
-        let unscaled =
-            SoftmaxDropoutGrad(Self { scores: self.scores.with_unit_gradient(), ..*self });
-        let dt = scores.apply_op3_no_bwd(additive, &dy, &unscaled)?;
-        let dadditive = sum_to_shape(&dt, additive.dims())?;
-        let dscores = scores.track_op().then(|| &dt * self.scores.scale()).transpose()?;
-        Ok((dscores, Some(dadditive)))
-    }
-}
-
-/// `dscores` from (scores, dy), or from (scores, additive mask, dy).
-struct SoftmaxDropoutGrad(SoftmaxDropout);
-
-impl CustomOp2 for SoftmaxDropoutGrad {
-    fn name(&self) -> &'static str {
-        "softmax_dropout_grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        scores: &CpuStorage,
-        layout: &Layout,
-        dy: &CpuStorage,
-        dy_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let SoftmaxDropout { drop, scores: args } = &self.0;
-        let dscores = cpu::bwd(drop, args, (scores, layout), None, (dy, dy_layout))?;
-        Ok((dscores, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        scores: &candle_core::CudaStorage,
-        layout: &Layout,
-        dy: &candle_core::CudaStorage,
-        dy_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let SoftmaxDropout { drop, scores: args } = &self.0;
-        let dscores = cuda::bwd(drop, args, (scores, layout), None, (dy, dy_layout))?;
-        Ok((dscores, layout.shape().clone()))
-    }
-}
-
-impl CustomOp3 for SoftmaxDropoutGrad {
-    fn name(&self) -> &'static str {
-        "softmax_dropout_grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        scores: &CpuStorage,
-        layout: &Layout,
-        additive: &CpuStorage,
-        additive_layout: &Layout,
-        dy: &CpuStorage,
-        dy_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let SoftmaxDropout { drop, scores: args } = &self.0;
-        let additive = Some((additive, additive_layout));
-        let dscores = cpu::bwd(drop, args, (scores, layout), additive, (dy, dy_layout))?;
-        Ok((dscores, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        scores: &candle_core::CudaStorage,
-        layout: &Layout,
-        additive: &candle_core::CudaStorage,
-        additive_layout: &Layout,
-        dy: &candle_core::CudaStorage,
-        dy_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let SoftmaxDropout { drop, scores: args } = &self.0;
-        let additive = Some((additive, additive_layout));
-        let dscores = cuda::bwd(drop, args, (scores, layout), additive, (dy, dy_layout))?;
-        Ok((dscores, layout.shape().clone()))
-    }
+    let dy = back.dy.contiguous()?;
+    let grad = |args: &ScoreArgs| -> Result<Tensor> {
+        let grad = run_pass!(NAME, dy, bwd(drop, args, scores, additive, &dy))?;
+        Ok(detached(grad, scores.shape()))
+    };
+    let Some(additive) = additive.filter(|_| back.wants(1)) else {
+        return Ok([Some(grad(args)?), None]);
+    };
+    // The mask is added after the scaling, so its gradient is that of unscaled scores.
+    let dt = grad(&args.with_unit_gradient())?;
+    let dadditive = sum_to_shape(&dt, additive.dims())?;
+    Ok([back.of(0, || dt * args.scale())?, Some(dadditive)])
 }

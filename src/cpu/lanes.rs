@@ -1,7 +1,7 @@
 //! Sums and maxima over a row, taken in a fixed number of lanes whatever the register width, so that
 //! every instruction set gives the same bits.
 
-use crate::elem::Real;
+use super::real::Real;
 
 const LANES: usize = 16;
 

@@ -24,16 +24,16 @@ macro_rules! vectorized {
             #[inline(always)] #[allow(clippy::too_many_arguments)]
             fn body $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")] {
-                $crate::simd::x86_variant!{ "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c";
+                $crate::cpu::vectorized::x86_variant!{ "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c";
                     avx512 $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? }
-                $crate::simd::x86_variant!{ "avx2,f16c";
+                $crate::cpu::vectorized::x86_variant!{ "avx2,f16c";
                     avx2 $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? }
-                match $crate::simd::instruction_set() {
+                match $crate::cpu::vectorized::instruction_set() {
                     // SAFETY: `instruction_set` found every feature that this variant enables.
-                    $crate::simd::InstructionSet::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::cpu::vectorized::InstructionSet::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
-                    $crate::simd::InstructionSet::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::simd::InstructionSet::Baseline => {}
+                    $crate::cpu::vectorized::InstructionSet::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::cpu::vectorized::InstructionSet::Baseline => {}
                 }
             }
             body($($arg),*)
@@ -63,7 +63,7 @@ pub(crate) enum InstructionSet {
     Baseline,
 }
 
-/// The widest instruction set of this CPU that [`vectorized!`] and `matmul` compile for; both wider ones
+/// The widest instruction set of this CPU that [`vectorized!`] and `tiles.rs` compile for; both wider ones
 /// have fused multiply-adds.
 ///
 /// `CANDLE_DROPOUT_SIMD=avx2` or `=baseline` in the environment asks for a narrower one, so that the

@@ -7,12 +7,12 @@
 //! The right operand is read in rows of whole vectors, the left one element by element, so a tile and
 //! its transpose serve as they are, and nothing is packed or copied here. A block of `out` lives in
 //! registers while `k` runs; loops over arrays of constant size are what the compiler turns into
-//! vector code, as everywhere (see `simd.rs`). Unlike there, products and sums are fused where the CPU
+//! vector code, as everywhere (see `vectorized.rs`). Unlike there, products and sums are fused where the CPU
 //! can, so the last bit depends on the instruction set.
 
-use crate::elem::Real;
+use super::real::Real;
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{InstructionSet, instruction_set};
+use super::vectorized::{InstructionSet, instruction_set};
 
 /// Columns that stand side by side in a [`Right`] operand: two of the widest registers. `n` is a multiple.
 pub(crate) const fn panel<R>() -> usize {

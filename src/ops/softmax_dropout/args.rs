@@ -1,6 +1,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 
-use crate::rows::RowMap;
+use crate::cuda::sizes::{Launch, whole_rows};
+use crate::mask::RowMap;
 
 /// Which keys a query may attend to.
 #[derive(Clone, Debug, Default)]
@@ -18,9 +19,10 @@ pub enum AttentionMask {
 
 /// How scores become softmax inputs: the argument of the kernels. Twin of `struct ScoreArgs` in
 /// `kernels/softmax_dropout.cu`.
+#[doc(hidden)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct ScoreArgs {
+pub struct ScoreArgs {
     /// Queries (rows of the last two dimensions).
     queries: u64,
     /// Row of the additive mask for a row of the scores.
@@ -37,7 +39,7 @@ pub(crate) struct ScoreArgs {
 }
 
 impl ScoreArgs {
-    pub(super) fn new(op: &str, dims: &[usize], scale: f64, mask: &AttentionMask) -> Result<Self> {
+    pub fn new(op: &str, dims: &[usize], scale: f64, mask: &AttentionMask) -> Result<Self> {
         let causal = matches!(mask, AttentionMask::Causal);
         if causal && dims.len() < 2 {
             bail!(
@@ -60,8 +62,13 @@ impl ScoreArgs {
         })
     }
 
+    /// A team takes a row and holds it in registers, up to a number of columns.
+    pub fn launch(rows: usize, cols: usize, multiprocessors: usize) -> Launch {
+        whole_rows(rows, cols, multiprocessors)
+    }
+
     /// The same scores, for the gradient of the scaled and masked ones.
-    pub(super) fn with_unit_gradient(self) -> Self {
+    pub fn with_unit_gradient(self) -> Self {
         Self { grad_scale: 1., ..self }
     }
 
