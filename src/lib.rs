@@ -2,19 +2,25 @@
 //! the very same masks, gradients that arrive, and no stored masks.
 //!
 //! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
-//!   [`softmax_dropout`], [`attention()`], [`drop_path_add`], [`drop_path_kept`]. Each takes a
-//!   [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take none.
+//!   [`softmax_dropout`], [`attention()`], [`attention_qkv`], [`drop_path_add`], [`drop_path_kept`]. Each
+//!   takes a [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take
+//!   none.
 //! - Layers: [`Dropout`], [`DropPath`] and [`MultiHeadAttention`] draw masks from a [`MaskGenerator`], one
 //!   key a call, and only in training; [`LayerNorm`], [`RmsNorm`] and [`Rope`] draw none.
 //! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
 //!   weights, [`seeded_var_builder`] makes repeatable ones.
+//!
+//! # Features
+//! None by default: everything runs on the CPU. `cuda` adds the kernels: it needs nvcc, but no GPU, to build,
+//! and NVIDIA's driver to run.
 //!
 //! # The mask law
 //! One pure function of a key and a coordinate decides what is dropped: the last dimension of a tensor
 //! is its column, the others flattened are its row, and a 16-bit draw of Philox4x32-7 at that coordinate
 //! is compared with a threshold. So a mask is the same on CPU and CUDA, forward and backward, in a fused
 //! op and in its unfused form, in a whole tensor and in its shards ([`DropMask::window`]); nobody stores
-//! one, and the sixteen bytes of a [`MaskState`] resume or replay a run.
+//! one, and the sixteen bytes of a [`MaskState`] resume or replay a run. `docs/mask-law.md` in the
+//! repository is the whole contract.
 //!
 //! # Example
 //! ```
@@ -62,3 +68,8 @@ pub use transformer::{
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// Those of the page on models.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/models.md")]
+struct Models;

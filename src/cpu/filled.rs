@@ -1,5 +1,9 @@
-//! How CPU kernels spread over cores: chunks of whole units, each written by one thread, so that no
+//! Outputs, and how passes spread over cores: chunks of whole units, each written by one thread, so that no
 //! result depends on the number of threads.
+//!
+//! An output is not zeroed first. A build with the cfg `poison_outputs` (the variable
+//! `CANDLE_DROPOUT_POISON_OUTPUTS` sets it) fills it with NaN instead, so that what a pass fails to write
+//! shows in any test.
 
 use std::mem::MaybeUninit;
 
@@ -38,9 +42,7 @@ pub(crate) unsafe fn filled_with<E: Send, R: Send>(
         return (Vec::new(), Vec::new()); // the unit of an empty tensor may be 0
     }
     let mut out = Vec::with_capacity(len);
-    let spare = &mut out.spare_capacity_mut()[..len];
-    #[cfg(target_os = "linux")]
-    ask_for_huge_pages(spare);
+    let spare = room(&mut out, len);
     let results = if len <= MIN_ELEMENTS {
         vec![f(0, spare)]
     } else {
@@ -66,12 +68,7 @@ pub(crate) unsafe fn filled_pair<E: Send>(
         return (Vec::new(), Vec::new());
     }
     let (mut first, mut second) = (Vec::with_capacity(len), Vec::with_capacity(len));
-    let spare = (&mut first.spare_capacity_mut()[..len], &mut second.spare_capacity_mut()[..len]);
-    #[cfg(target_os = "linux")]
-    {
-        ask_for_huge_pages(spare.0);
-        ask_for_huge_pages(spare.1);
-    }
+    let spare = (room(&mut first, len), room(&mut second, len));
     if len <= MIN_ELEMENTS {
         f(0, spare.0, spare.1);
     } else {
@@ -131,11 +128,9 @@ pub(crate) unsafe fn scattered<E: Send, R, const N: usize>(
     f: impl FnOnce(&[Scattered<E>; N]) -> R,
 ) -> ([Vec<E>; N], R) {
     let mut vectors = lens.map(Vec::with_capacity);
-    let parts = std::array::from_fn(|i| {
-        let spare = &mut vectors[i].spare_capacity_mut()[..lens[i]];
-        #[cfg(target_os = "linux")]
-        ask_for_huge_pages(spare);
-        Scattered { start: spare.as_mut_ptr(), len: lens[i] }
+    let parts = std::array::from_fn(|i| Scattered {
+        start: room(&mut vectors[i], lens[i]).as_mut_ptr(),
+        len: lens[i],
     });
     let result = f(&parts);
     for (vector, len) in vectors.iter_mut().zip(lens) {
@@ -159,7 +154,7 @@ pub(crate) unsafe fn filled_per_row<T: Send>(
         return Vec::new(); // rows that do not exist may have no columns either
     }
     let mut out = Vec::with_capacity(rows);
-    let spare = &mut out.spare_capacity_mut()[..rows];
+    let spare = room(&mut out, rows);
     if rows.saturating_mul(cols) <= MIN_ELEMENTS {
         f(0, spare);
     } else {
@@ -170,6 +165,23 @@ pub(crate) unsafe fn filled_per_row<T: Send>(
     // SAFETY: the chunks cover `..rows`, and `f` has written all of each.
     unsafe { out.set_len(rows) };
     out
+}
+
+/// The capacity for `len` elements of an empty vector.
+fn room<E>(out: &mut Vec<E>, len: usize) -> &mut [MaybeUninit<E>] {
+    let room = &mut out.spare_capacity_mut()[..len];
+    #[cfg(target_os = "linux")]
+    ask_for_huge_pages(room);
+    #[cfg(poison_outputs)]
+    poison(room);
+    room
+}
+
+/// Sets every bit, which is NaN in every dtype.
+#[cfg(poison_outputs)]
+fn poison<E>(memory: &mut [MaybeUninit<E>]) {
+    // SAFETY: so many elements lie there, and what is not initialised may have any bytes.
+    unsafe { memory.as_mut_ptr().write_bytes(0xff, memory.len()) };
 }
 
 /// Elements a thread takes at a time.
@@ -189,5 +201,45 @@ fn ask_for_huge_pages<E>(memory: &mut [MaybeUninit<E>]) {
         unsafe {
             libc::madvise(bytes.start.with_addr(start).cast(), end - start, libc::MADV_HUGEPAGE)
         };
+    }
+}
+
+#[cfg(all(test, poison_outputs))]
+mod tests {
+    use super::*;
+
+    /// A slice that is shorter than the output by an element.
+    const SHORT: [f32; 6] = [1.; 6];
+
+    fn fill_in_part(out: &mut [MaybeUninit<f32>]) {
+        out.iter_mut().zip(SHORT).for_each(|(out, x)| {
+            out.write(x);
+        });
+    }
+
+    #[track_caller]
+    fn assert_last_is_nan(out: &[f32]) {
+        assert!(out.len() == 7 && out[..6] == SHORT && out[6].is_nan(), "{out:?}");
+    }
+
+    #[test]
+    fn what_is_not_written_is_nan() {
+        // SAFETY of all: the last element is initialised by the poison, if by nothing else.
+        let out = unsafe { filled(7, 1, |_, out| fill_in_part(out)) };
+        assert_last_is_nan(&out);
+        let (out, _) = unsafe { filled_with(7, 1, |_, out| fill_in_part(out)) };
+        assert_last_is_nan(&out);
+        let both = |_: usize, first: &mut [_], second: &mut [_]| {
+            fill_in_part(first);
+            fill_in_part(second);
+        };
+        let (first, second) = unsafe { filled_pair(7, 1, both) };
+        assert_last_is_nan(&first);
+        assert_last_is_nan(&second);
+        let out = unsafe { filled_per_row(7, 1, |_, out| fill_in_part(out)) };
+        assert_last_is_nan(&out);
+        let part = |[out]: &[Scattered<f32>; 1]| fill_in_part(unsafe { out.part(0, 7) });
+        let ([out], ()) = unsafe { scattered([7], part) };
+        assert_last_is_nan(&out);
     }
 }
