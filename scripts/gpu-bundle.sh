@@ -26,16 +26,17 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/bin" "$work/text" "$out"
 
-# The paths of the executables, as cargo tells them: target directories move.
+# The paths of the executables, as cargo tells them: target directories move. The example is built, too, as for
+# examples the features of dependencies are those that tests and lints have: candle is then compiled once.
 build() { # <cpu or cuda> <flags of cargo>
   local flavour="$1" executable
   shift
   say "building for $flavour"
-  executable="$(cargo build --locked --release --bin gpu_bundle "$@" --message-format json-render-diagnostics |
+  executable="$(cargo build --locked --release --bins --examples "$@" --message-format json-render-diagnostics |
     python3 -c 'import json, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable"):
+    if message.get("executable") and message["target"]["name"] == "gpu_bundle":
         print(message["executable"])')"
   strip -o "$work/bin/gpu_bundle-$flavour" "$executable"
 }

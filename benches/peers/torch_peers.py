@@ -8,7 +8,7 @@ torch.compile and, on CUDA, a Triton kernel that stores no mask), scaled dot pro
 backend, and the same training step of a small GPT; adds its records to the section and prints the ratios.
 Run it with another interpreter than the first python3 with PyTorch through run.sh's PYTHON=.
 
-Timed as examples/gpu_bundle/timing.rs does: launches between two CUDA events (on the CPU: two readings of
+Timed as examples/gpu_bundle/src/timing.rs does: launches between two CUDA events (on the CPU: two readings of
 the clock), up to 64 sets of arguments in turn so that the last cache holds few of them, the median of many
 samples and its quartiles. No op is timed before it agrees, backward too, with the formula in f64 under the mask it
 drew; of attention the output is compared.
@@ -158,7 +158,7 @@ def targets(shape, _dtype, device):
 
 UNDROPPED = {"rope": (rope, rope_tables), "cross_entropy": (cross_entropy, targets)}
 
-# All scores, or those up to the query's own key; as examples/gpu_bundle/attention.rs names them.
+# All scores, or those up to the query's own key; as tests/cases/attention/mod.rs names them.
 ATTENTION = ("attention", "attention_causal")
 
 

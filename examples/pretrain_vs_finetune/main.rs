@@ -13,6 +13,7 @@
 //! = 0; H2, after a fixed number of epochs of fine-tuning on little data some p from 0.05 to 0.2
 //! has a lower test loss than p = 0; H3, the same with early stopping.
 
+mod args;
 mod corpus;
 mod progress;
 mod random;
@@ -28,10 +29,10 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use clap::Parser;
 
+pub use args::Args;
 use corpus::{Document, Splits, Window};
 use progress::Progress;
 use report::{Report, TextReport};
-pub use settings::Args;
 use settings::Settings;
 use train::{Phase, Run, RunResult, Shared, Task, check_guards, side_by_side, train};
 

@@ -9,11 +9,14 @@
 //! [`Rate::scale`](candle_dropout::Rate::scale).
 
 mod case;
+mod chain;
+pub mod device;
 pub mod runner;
 mod tensors;
 mod view;
 
 pub use case::{Case, Exact, Op, Results};
+pub use chain::check_chain;
 pub use tensors::{DTYPES, bits, drop_scale, error, largest, mask, random};
 pub use view::View;
 

@@ -9,10 +9,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use candle_core::Device;
+use cases::device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cuda;
 use crate::timing::Timing;
 
 /// One measurement.
@@ -34,7 +34,7 @@ pub struct Record {
     /// The same, timed again.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub again_ms: Option<f64>,
-    /// Bytes that have to move, see `bytes.rs`.
+    /// Bytes that have to move, as the description of the op counts them.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub bytes: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -113,7 +113,7 @@ const SCHEMA: u32 = 1;
 
 /// Where the results of a device lie, without the extension.
 pub fn stem(out: &Path, device: &Device) -> Result<PathBuf> {
-    let name = cuda::name(device)?.unwrap_or_else(cpu_model).to_lowercase();
+    let name = device::name(device)?.unwrap_or_else(cpu_model).to_lowercase();
     let words: Vec<_> =
         name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()).collect();
     Ok(out.join(format!("{}-{}", words.join("-"), today())))
@@ -137,7 +137,7 @@ pub fn write_section(
             .with_context(|| format!("cannot read {}", json.display()))?,
         Err(_) => Results {
             schema: SCHEMA,
-            device: cuda::name(device)?.unwrap_or_else(|| "cpu".into()),
+            device: device::name(device)?.unwrap_or_else(|| "cpu".into()),
             cpu: cpu_model(),
             threads: std::thread::available_parallelism()?.get(),
             date: today(),

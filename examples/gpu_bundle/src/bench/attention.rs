@@ -8,18 +8,12 @@ use std::fmt::Write;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::{AttentionConfig, AttentionMask, DropMask, attention, softmax_dropout};
+use candle_dropout::DropMask;
+use cases::{Case, drop_scale, mask};
 
-use crate::common::reference;
 use crate::memory::{forget_peak, used_and_peak};
 use crate::results::Record;
-use crate::runner::mask;
 use crate::timing::Timer;
-
-/// Of a record: all scores, or those up to the query's own key.
-pub const OPS: [&str; 2] = ["attention", "attention_causal"];
-
-const DROP_PS: [f32; 2] = [0., 0.1];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Form {
@@ -79,13 +73,14 @@ pub fn measure_all(
     let qkv = (0..3)
         .map(|_| Var::from_tensor(&Tensor::randn(0f32, 1., &dims[..], device)?.to_dtype(dtype)?));
     let qkv = qkv.collect::<candle_core::Result<Vec<_>>>()?;
-    for (op, causal) in OPS.into_iter().zip([false, true]) {
-        for drop_p in DROP_PS {
-            check(&qkv, causal, &mask(drop_p))?;
+    for case in cases::attention::CASES {
+        let constants = case.constants(&dims, dtype, device)?;
+        for &drop_p in case.bench_drop_ps() {
+            check(*case, &qkv, &mask(drop_p))?;
             for form in [Form::Fused, Form::Materialised] {
                 let scores = dims[0] * dims[1] * dims[2] * dims[2] * dtype.size_in_bytes();
                 if form == Form::Fused || scores < TOO_MANY_SCORES {
-                    measure(timer, form, &qkv, (op, causal), drop_p, &mut add)?;
+                    measure(timer, form, (*case, &constants), &qkv, drop_p, &mut add)?;
                 }
             }
         }
@@ -93,31 +88,33 @@ pub fn measure_all(
     Ok(())
 }
 
-fn config(causal: bool) -> AttentionConfig {
-    AttentionConfig { causal, ..Default::default() }
-}
-
-fn run(form: Form, qkv: &[Tensor], causal: bool, drop: &DropMask) -> candle_core::Result<Tensor> {
-    let [q, k, v] = qkv else { candle_core::bail!("three tensors") };
-    match form {
-        Form::Fused => attention(q, k, v, &config(causal), drop),
+fn run(
+    form: Form,
+    (case, constants): (&dyn Case, &[Tensor]),
+    qkv: &[Tensor],
+    drop: &DropMask,
+) -> candle_core::Result<Tensor> {
+    let mut results = match form {
+        Form::Fused => case.fused(qkv, constants, drop)?,
         Form::Materialised => {
-            let mask = if causal { AttentionMask::Causal } else { AttentionMask::None };
-            let scale = 1. / (q.dim(3)? as f64).sqrt();
-            softmax_dropout(&q.matmul(&k.t()?)?, scale, &mask, drop)?.matmul(v)
+            let o = case.composed(qkv, constants, drop);
+            o.unwrap_or_else(|| candle_core::bail!("{case:?} has no other form"))?
         }
-    }
+    };
+    Ok(results.swap_remove(0))
 }
 
 /// The last queries of the first head, and the gradients of a loss that reads them alone, of those queries and of
 /// all keys and values of the head, against the formula in f64 with that part of the mask.
-fn check(qkv: &[Var], causal: bool, drop: &DropMask) -> Result<()> {
+fn check(case: &dyn Case, qkv: &[Var], drop: &DropMask) -> Result<()> {
     let (b, h, s, d) = qkv[0].dims4()?;
     let (rows, device, dtype) = (s.min(32), qkv[0].device(), qkv[0].dtype());
     let dout = Tensor::randn(0f32, 1., (1, 1, rows, d), device)?.to_dtype(dtype)?;
     let dout_of_all = dout.pad_with_zeros(2, s - rows, 0)?;
     let dout_of_all = dout_of_all.pad_with_zeros(1, 0, h - 1)?.pad_with_zeros(0, 0, b - 1)?;
-    let o = attention(&qkv[0], &qkv[1], &qkv[2], &config(causal), drop)?;
+    let args: Vec<_> = qkv.iter().map(|var| var.as_tensor().clone()).collect();
+    let constants = case.constants(&[b, h, s, d], dtype, device)?;
+    let o = run(Form::Fused, (case, &constants), &args, drop)?;
     let grads = (&o * &dout_of_all)?.backward()?;
     let part = |x: &Tensor, from: usize| -> candle_core::Result<Tensor> {
         let rows = x.narrow(0, 0, 1)?.narrow(1, 0, 1)?.narrow(2, from, x.dim(2)? - from)?;
@@ -130,9 +127,9 @@ fn check(qkv: &[Var], causal: bool, drop: &DropMask) -> Result<()> {
     let exact_qkv = (qkv.iter().zip(firsts))
         .map(|(x, from)| Var::from_tensor(&part(x, from)?))
         .collect::<candle_core::Result<Vec<_>>>()?;
-    let scale = drop.rate().scale().into();
-    let [q, k, v] = [0, 1, 2].map(|i| exact_qkv[i].as_tensor());
-    let exact = reference::attention(q, k, v, &config(causal), &keep, scale)?;
+    let exact_args: Vec<_> = exact_qkv.iter().map(|var| var.as_tensor().clone()).collect();
+    let constants = case.constants(&[1, 1, 1, rows, s, d], DType::F64, &Device::Cpu)?;
+    let exact = case.formula(&exact_args, &constants, &keep, drop_scale(drop))?.swap_remove(0);
     let exact_grads = (&exact * part(&dout, 0)?)?.backward()?;
     let tolerance = match dtype {
         DType::F32 => 2e-5,
@@ -150,8 +147,9 @@ fn check(qkv: &[Var], causal: bool, drop: &DropMask) -> Result<()> {
         let off = norm((ours - &exact)?)? / norm(exact)?;
         ensure!(
             off <= tolerance,
-            "attention on {:?}, D {d}, causal {causal}, {drop:?}: {what} is off by {off:e} and not timed",
-            [b, h, s]
+            "{} on {:?}, {drop:?}: {what} is off by {off:e} and not timed",
+            case.name(),
+            [b, h, s, d]
         );
     }
     Ok(())
@@ -162,20 +160,22 @@ type Work<'a> = &'a dyn Fn() -> candle_core::Result<()>;
 fn measure(
     timer: &Timer,
     form: Form,
+    (case, constants): (&dyn Case, &[Tensor]),
     qkv: &[Var],
-    (op, causal): (&str, bool),
     drop_p: f32,
     add: &mut impl FnMut(Record) -> Result<()>,
 ) -> Result<()> {
-    let (b, h, s, d) = qkv[0].dims4()?;
-    let flop = 4. * (b * h * s * s * d) as f64 * if causal { 0.5 } else { 1. };
+    let dims = qkv[0].dims();
+    let [flop_forward, flop_backward] = case.flop(dims).context("nobody has counted it")?;
     let tracked: Vec<_> = qkv.iter().map(|var| var.as_tensor().clone()).collect();
     let detached: Vec<_> = tracked.iter().map(Tensor::detach).collect();
     let drop = mask(drop_p);
-    let forward = || run(form, &detached, causal, &drop).map(|_| ());
-    let both = || run(form, &tracked, causal, &drop)?.backward().map(|_| ());
-    let passes: [(&str, f64, Work<'_>); 2] =
-        [("forward", flop, &forward), ("forward_backward", 3.5 * flop, &both)];
+    let forward = || run(form, (case, constants), &detached, &drop).map(|_| ());
+    let both = || run(form, (case, constants), &tracked, &drop)?.backward().map(|_| ());
+    let passes: [(&str, f64, Work<'_>); 2] = [
+        ("forward", flop_forward, &forward),
+        ("forward_backward", flop_forward + flop_backward, &both),
+    ];
     for (pass, flop, work) in passes {
         work()?;
         forget_peak(&timer.device)?;
@@ -183,8 +183,8 @@ fn measure(
         work()?;
         let (_, peak) = used_and_peak(&timer.device)?;
         let timing = timer.time(1, |_| work())?;
-        let what = ["candle-dropout", form.variant(), op, pass, qkv[0].dtype().as_str()];
-        let mut record = Record::new(what, drop_p, &[b, h, s, d], timing);
+        let what = ["candle-dropout", form.variant(), case.name(), pass, qkv[0].dtype().as_str()];
+        let mut record = Record::new(what, drop_p, dims, timing);
         record.again_ms = Some(timer.time(1, |_| work())?.ms);
         record.flop = Some(flop);
         record.peak_bytes = Some(peak.saturating_sub(before) as f64);
@@ -193,10 +193,15 @@ fn measure(
     Ok(())
 }
 
+/// Nothing else has its memory measured.
+pub fn is_one(record: &Record) -> bool {
+    record.peak_bytes.is_some()
+}
+
 /// A table of the records of attention; nothing if there are none.
 pub fn markdown(records: &[Record]) -> Result<String> {
     let mut md = String::new();
-    let records: Vec<_> = records.iter().filter(|r| OPS.contains(&r.op.as_str())).collect();
+    let records: Vec<_> = records.iter().filter(|r| is_one(r)).collect();
     if records.is_empty() {
         return Ok(md);
     }

@@ -8,7 +8,7 @@ use candle_dropout::{
     drop_path_kept,
 };
 
-use crate::common::random;
+use cases::random;
 
 /// Who skips what.
 #[derive(Clone, Copy, Debug, PartialEq)]

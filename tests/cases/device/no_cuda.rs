@@ -1,7 +1,6 @@
 //! A build without CUDA. Twin of `cuda.rs`.
 
-use anyhow::{Result, bail};
-use candle_core::Device;
+use candle_core::{Device, Result, bail};
 
 pub fn open() -> Result<Device> {
     bail!("this program was built without CUDA; build it with --features cuda")

@@ -9,10 +9,11 @@ use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::{DType, Device};
+use cases::device;
 use serde::Serialize;
 
 use crate::step::{FORMS, Step, size};
-use crate::{Common, cuda, kept, results};
+use crate::{Common, kept, results};
 
 struct Counting;
 
@@ -61,12 +62,12 @@ unsafe impl GlobalAlloc for Counting {
 
 pub fn forget_peak(device: &Device) -> Result<()> {
     PEAK.store(USED.load(Ordering::Relaxed), Ordering::Relaxed);
-    cuda::forget_peak(device)
+    Ok(device::forget_peak(device)?)
 }
 
 /// Bytes in use, now and at most since `forget_peak`.
 pub fn used_and_peak(device: &Device) -> Result<(u64, u64)> {
-    Ok(cuda::used_and_peak(device)?
+    Ok(device::used_and_peak(device)?
         .unwrap_or((USED.load(Ordering::Relaxed), PEAK.load(Ordering::Relaxed))))
 }
 

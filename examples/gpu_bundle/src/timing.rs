@@ -2,12 +2,9 @@
 //! many times over, of which the median and the spread count.
 
 use std::collections::VecDeque;
-use std::time::Instant;
 
-use anyhow::Result;
-use candle_core::Device;
-
-use crate::cuda;
+use candle_core::{Device, Result};
+use cases::device::{cache_bytes, elapsed_ms};
 
 /// How much time a measurement may take.
 #[derive(Clone, Copy, Debug)]
@@ -42,11 +39,7 @@ impl Timer {
     /// Times `run(set)` with the sets of arguments in turn. On CUDA the results of the last turn are kept,
     /// so that the memory written to changes as that read from does; on the CPU, where the allocator would
     /// ask the system for fresh pages, only the latest.
-    pub fn time<T>(
-        &self,
-        sets: usize,
-        mut run: impl FnMut(usize) -> candle_core::Result<T>,
-    ) -> Result<Timing> {
+    pub fn time<T>(&self, sets: usize, mut run: impl FnMut(usize) -> Result<T>) -> Result<Timing> {
         let kept = if self.device.is_cuda() { sets } else { 1 };
         let (mut alive, mut set) = (VecDeque::with_capacity(kept), 0);
         let mut launch = || -> Result<()> {
@@ -58,8 +51,8 @@ impl Timer {
             Ok(())
         };
         let mut sample = |launches: usize| {
-            let ms = self.elapsed_ms(|| (0..launches).try_for_each(|_| launch()))?;
-            anyhow::Ok(ms / launches as f64)
+            let ms = elapsed_ms(&self.device, || (0..launches).try_for_each(|_| launch()))?;
+            Result::Ok(ms / launches as f64)
         };
         // Loads modules, fills the memory pool, wakes threads.
         sample(2)?;
@@ -75,20 +68,11 @@ impl Timer {
         Ok(Timing { ms, ms_low, ms_high, samples, launches })
     }
 
-    fn elapsed_ms(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
-        if let Some(ms) = cuda::elapsed_ms(&self.device, &mut work)? {
-            return Ok(ms);
-        }
-        let begin = Instant::now();
-        work()?;
-        Ok(begin.elapsed().as_secs_f64() * 1e3)
-    }
-
     /// Sets of arguments of `bytes` each that together are several times larger than the last cache, but at most
     /// 64: a few kilobytes stay in it.
     pub fn sets(&self, bytes: usize) -> Result<usize> {
         const CPU_CACHE_BYTES: usize = 32 << 20;
-        let cache = cuda::cache_bytes(&self.device)?.unwrap_or(CPU_CACHE_BYTES);
+        let cache = cache_bytes(&self.device)?.unwrap_or(CPU_CACHE_BYTES);
         Ok((4 * cache).div_ceil(bytes.max(1)).clamp(1, 64))
     }
 }

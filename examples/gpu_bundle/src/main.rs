@@ -3,44 +3,34 @@
 //! CPU:
 //!
 //! ```text
-//! cargo run --release --bin gpu_bundle -- correctness
-//! cargo run --release --bin gpu_bundle -- bench --small
-//! cargo run --release --features cuda --bin gpu_bundle -- bench --device cuda
+//! cargo run --release -p gpu_bundle -- correctness
+//! cargo run --release -p gpu_bundle -- bench --small
+//! cargo run --release -p gpu_bundle --features cuda -- bench --device cuda
 //! ```
 //!
 //! Results go to `--out` as `<device>-<date>.json`, `.md` and `.svg`; every subcommand adds its section
 //! to the same files. Exit codes: 0 all right, 1 something is wrong, 2 bad arguments, 3 no CUDA device.
 
-mod attention;
 mod bench;
-mod bytes;
 mod candle_gpt;
 mod correctness;
-#[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
-mod cuda;
 mod kept;
 mod memory;
-mod plot;
 mod results;
 mod step;
 mod timing;
 
-#[path = "../../tests/common/attention.rs"]
-mod attention_runner;
-#[path = "../../tests/common/mod.rs"]
-mod common;
-// As the root of an example of its own it has a `main`, which nobody calls here.
+// As the root of an example it has a `main`, which nobody calls here.
 #[allow(dead_code)]
-#[path = "../pretrain_vs_finetune/main.rs"]
+#[path = "../../pretrain_vs_finetune/main.rs"]
 mod pretrain_vs_finetune;
-#[path = "../../tests/common/runner.rs"]
-mod runner;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use candle_core::Device;
+use cases::device;
 use clap::{Args, Parser, Subcommand};
 
 const NO_DEVICE: u8 = 3;
@@ -104,7 +94,7 @@ impl Command {
 fn main() -> ExitCode {
     let command = Cli::parse().command;
     let device = match command.device() {
-        "cuda" => match cuda::open() {
+        "cuda" => match device::open() {
             Ok(device) => device,
             Err(error) => {
                 // The first line: candle may add a backtrace.

@@ -19,9 +19,6 @@ const COLOURS: [RGBColor; 9] = [
     RGBColor(127, 127, 127),
 ];
 
-/// What drops nothing.
-const NO_RATE: [&str; 3] = ["copy", "rope", "cross_entropy"];
-
 /// One panel a dtype, at drop p = 0.1.
 pub fn roofline(path: &Path, title: &str, records: &[Record]) -> Result<()> {
     let rated = records.iter().filter(|r| r.gb_s.is_some());
@@ -46,12 +43,13 @@ fn panel(
 ) -> Result<(), Box<dyn std::error::Error>> {
     let element_bytes = if dtype == "f32" { 4. } else { 2. };
     let points = |op: &str, library: &str| -> Vec<(f64, f64)> {
+        let has_rate = records.iter().any(|r| r.op == op && r.drop_p > 0.);
         let is_wanted = |r: &&Record| {
             r.dtype == dtype
                 && r.op == op
                 && r.pass == "forward"
                 && r.library == library
-                && (r.drop_p > 0. || NO_RATE.contains(&op))
+                && (r.drop_p > 0. || !has_rate)
         };
         let point =
             |r: &Record| Some((r.shape.iter().product::<usize>() as f64 * element_bytes, r.gb_s?));
