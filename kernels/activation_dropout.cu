@@ -73,8 +73,8 @@ __device__ __forceinline__ void add_bias(const T* bias, int count, float (&u)[WI
 }
 
 template <bool VECTOR, bool GATED, typename Function, typename T>
-__device__ __forceinline__ void fwd(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y,
-                                    uint64_t rows, uint64_t cols, const MaskArgs& mask) {
+__device__ __forceinline__ void fwd_tiles(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y,
+                                          uint64_t rows, uint64_t cols, const MaskArgs& mask) {
     constexpr int N = GATED ? 1 : TILE_OF<VECTOR>;
     for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
         const T* x_row = x + row * cols * (GATED ? 2 : 1);
@@ -114,9 +114,9 @@ __device__ __forceinline__ void fwd(const T* __restrict__ x, const T* __restrict
 __device__ __forceinline__ float selected(float da, float slope) { return da == 0.f ? 0.f : da * slope; }
 
 template <bool VECTOR, bool GATED, typename Function, typename T>
-__device__ __forceinline__ void bwd(const T* __restrict__ x, const T* __restrict__ bias,
-                                    const T* __restrict__ dy, T* __restrict__ dx, uint64_t rows,
-                                    uint64_t cols, const MaskArgs& mask) {
+__device__ __forceinline__ void bwd_tiles(const T* __restrict__ x, const T* __restrict__ bias,
+                                          const T* __restrict__ dy, T* __restrict__ dx, uint64_t rows,
+                                          uint64_t cols, const MaskArgs& mask) {
     constexpr int N = GATED ? 1 : TILE_OF<VECTOR>;
     for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
         const uint64_t x_start = row * cols * (GATED ? 2 : 1);
@@ -159,41 +159,76 @@ __device__ __forceinline__ void bwd(const T* __restrict__ x, const T* __restrict
     });
 }
 
-// One branch a launch, outside of every loop.
-#define FOR_ACTIVATION(activation, CALL)                      \
-    switch (activation) {                                     \
-        case GELU_TANH: CALL(false, GeluTanh); break;         \
-        case GELU_ERF: CALL(false, GeluErf); break;           \
-        case SILU: CALL(false, Silu); break;                  \
-        case RELU: CALL(false, Relu); break;                  \
-        case SWI_GLU: CALL(true, Silu); break;                \
-        default: CALL(true, GeluTanh); break;                 \
+template <bool IS_GATED, typename F>
+struct Form {
+    static constexpr bool GATED = IS_GATED;
+    using Function = F;
+};
+
+// Calls body(form): one branch a launch, outside of every loop.
+template <typename Body>
+__device__ __forceinline__ void with_form(uint32_t activation, Body body) {
+    switch (activation) {
+        case GELU_TANH: body(Form<false, GeluTanh>()); break;
+        case GELU_ERF: body(Form<false, GeluErf>()); break;
+        case SILU: body(Form<false, Silu>()); break;
+        case RELU: body(Form<false, Relu>()); break;
+        case SWI_GLU: body(Form<true, Silu>()); break;
+        default: body(Form<true, GeluTanh>()); break;
     }
+}
 
-#define VECTOR_FWD(GATED, FUNCTION) fwd<true, GATED, FUNCTION>(x, bias, y, rows, cols, mask)
-#define SCALAR_FWD(GATED, FUNCTION) fwd<false, GATED, FUNCTION>(x, bias, y, rows, cols, mask)
-#define VECTOR_BWD(GATED, FUNCTION) bwd<true, GATED, FUNCTION>(x, bias, dy, dx, rows, cols, mask)
-#define SCALAR_BWD(GATED, FUNCTION) bwd<false, GATED, FUNCTION>(x, bias, dy, dx, rows, cols, mask)
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void fwd(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y,
+                                    uint64_t rows, uint64_t cols, uint32_t activation, const MaskArgs& mask) {
+    with_form(activation, [&](auto form) {
+        using Form = decltype(form);
+        fwd_tiles<VECTOR, Form::GATED, typename Form::Function>(x, bias, y, rows, cols, mask);
+    });
+}
 
-#define ACTIVATION_DROPOUT(SUFFIX, T)                                                                \
-    extern "C" __global__ void __launch_bounds__(256) activation_dropout_fwd_##SUFFIX(               \
-        const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, uint64_t rows,       \
-        uint64_t cols, uint32_t activation, MaskArgs mask) {                                         \
-        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(x) && is_aligned(bias) &&     \
-            is_aligned(y)) {                                                                         \
-            FOR_ACTIVATION(activation, VECTOR_FWD)                                                   \
-        } else {                                                                                     \
-            FOR_ACTIVATION(activation, SCALAR_FWD)                                                   \
-        }                                                                                            \
-    }                                                                                                \
-    extern "C" __global__ void __launch_bounds__(256, 2) activation_dropout_bwd_##SUFFIX(            \
-        const T* __restrict__ x, const T* __restrict__ bias, const T* __restrict__ dy,               \
-        T* __restrict__ dx, uint64_t rows, uint64_t cols, uint32_t activation, MaskArgs mask) {      \
-        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(x) && is_aligned(bias) &&     \
-            is_aligned(dy) && is_aligned(dx)) {                                                      \
-            FOR_ACTIVATION(activation, VECTOR_BWD)                                                   \
-        } else {                                                                                     \
-            FOR_ACTIVATION(activation, SCALAR_BWD)                                                   \
-        }                                                                                            \
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void bwd(const T* __restrict__ x, const T* __restrict__ bias,
+                                    const T* __restrict__ dy, T* __restrict__ dx, uint64_t rows, uint64_t cols,
+                                    uint32_t activation, const MaskArgs& mask) {
+    with_form(activation, [&](auto form) {
+        using Form = decltype(form);
+        bwd_tiles<VECTOR, Form::GATED, typename Form::Function>(x, bias, dy, dx, rows, cols, mask);
+    });
+}
+
+template <typename T>
+__device__ __forceinline__ void activation_dropout_fwd(const T* __restrict__ x, const T* __restrict__ bias,
+                                                       T* __restrict__ y, uint64_t rows, uint64_t cols,
+                                                       uint32_t activation, const MaskArgs& mask) {
+    if (rows_are_vectors(cols, x, bias, y) && is_drawn_whole(mask)) {
+        fwd<true>(x, bias, y, rows, cols, activation, mask);
+    } else {
+        fwd<false>(x, bias, y, rows, cols, activation, mask);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void activation_dropout_bwd(const T* __restrict__ x, const T* __restrict__ bias,
+                                                       const T* __restrict__ dy, T* __restrict__ dx,
+                                                       uint64_t rows, uint64_t cols, uint32_t activation,
+                                                       const MaskArgs& mask) {
+    if (rows_are_vectors(cols, x, bias, dy, dx) && is_drawn_whole(mask)) {
+        bwd<true>(x, bias, dy, dx, rows, cols, activation, mask);
+    } else {
+        bwd<false>(x, bias, dy, dx, rows, cols, activation, mask);
+    }
+}
+
+#define ACTIVATION_DROPOUT(SUFFIX, T)                                                                          \
+    KERNEL(256) activation_dropout_fwd_##SUFFIX(const T* __restrict__ x, const T* __restrict__ bias,           \
+                                                T* __restrict__ y, uint64_t rows, uint64_t cols,               \
+                                                uint32_t activation, MaskArgs mask) {                          \
+        activation_dropout_fwd(x, bias, y, rows, cols, activation, mask);                                      \
+    }                                                                                                          \
+    KERNEL(256, 2) activation_dropout_bwd_##SUFFIX(const T* __restrict__ x, const T* __restrict__ bias,        \
+                                                   const T* __restrict__ dy, T* __restrict__ dx, uint64_t rows, \
+                                                   uint64_t cols, uint32_t activation, MaskArgs mask) {        \
+        activation_dropout_bwd(x, bias, dy, dx, rows, cols, activation, mask);                                 \
     }
 FOR_EACH_DTYPE(ACTIVATION_DROPOUT)

@@ -13,10 +13,10 @@
 #include "reduce.cuh"
 
 template <bool VECTOR, typename T>
-__device__ __forceinline__ void attention_bwd_delta(const T* __restrict__ o, const T* __restrict__ dout,
-                                                    float* __restrict__ delta, const AttentionArgs& args,
-                                                    const HeadStrides& o_strides, const HeadStrides& dout_strides,
-                                                    float* scratch) {
+__device__ __forceinline__ void attention_bwd_delta_rows(const T* __restrict__ o, const T* __restrict__ dout,
+                                                         float* __restrict__ delta, const AttentionArgs& args,
+                                                         const HeadStrides& o_strides,
+                                                         const HeadStrides& dout_strides, float* scratch) {
     const uint64_t rows = uint64_t(args.batches) * args.heads * args.queries;
     // Teams without a row of their own do the last row again, since reductions need all threads; what they
     // write is the same.
@@ -44,16 +44,22 @@ __device__ __forceinline__ void attention_bwd_delta(const T* __restrict__ o, con
     }
 }
 
-#define ATTENTION_BWD_DELTA(SUFFIX, T)                                                              \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_delta_##SUFFIX(                 \
-        const T* __restrict__ o, const T* __restrict__ dout, float* __restrict__ delta,             \
-        AttentionArgs args, HeadStrides o_strides, HeadStrides dout_strides) {                      \
-        __shared__ float scratch[MAX_WARPS];                                                        \
-        if (args.head_size % WIDTH == 0 && rows_are_aligned(o, o_strides) &&                         \
-            rows_are_aligned(dout, dout_strides)) {                                                  \
-            attention_bwd_delta<true>(o, dout, delta, args, o_strides, dout_strides, scratch);      \
-        } else {                                                                                    \
-            attention_bwd_delta<false>(o, dout, delta, args, o_strides, dout_strides, scratch);     \
-        }                                                                                           \
+template <typename T>
+__device__ __forceinline__ void attention_bwd_delta(const T* __restrict__ o, const T* __restrict__ dout,
+                                                    float* __restrict__ delta, const AttentionArgs& args,
+                                                    const HeadStrides& o_strides, const HeadStrides& dout_strides) {
+    __shared__ float scratch[MAX_WARPS];
+    if (args.head_size % WIDTH == 0 && rows_are_aligned(o, o_strides) && rows_are_aligned(dout, dout_strides)) {
+        attention_bwd_delta_rows<true>(o, dout, delta, args, o_strides, dout_strides, scratch);
+    } else {
+        attention_bwd_delta_rows<false>(o, dout, delta, args, o_strides, dout_strides, scratch);
+    }
+}
+
+#define ATTENTION_BWD_DELTA(SUFFIX, T)                                                                      \
+    KERNEL(256) attention_bwd_delta_##SUFFIX(const T* __restrict__ o, const T* __restrict__ dout,           \
+                                             float* __restrict__ delta, AttentionArgs args,                 \
+                                             HeadStrides o_strides, HeadStrides dout_strides) {             \
+        attention_bwd_delta(o, dout, delta, args, o_strides, dout_strides);                                 \
     }
 FOR_EACH_DTYPE(ATTENTION_BWD_DELTA)

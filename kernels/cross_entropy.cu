@@ -93,7 +93,8 @@ struct Sums {
 template <typename T>
 __device__ __forceinline__ void cross_entropy_fwd(const T* __restrict__ logits, const int64_t* __restrict__ targets,
                                                   float* __restrict__ lse, float* __restrict__ row_loss,
-                                                  const CrossEntropyArgs& args, float* scratch) {
+                                                  const CrossEntropyArgs& args) {
+    __shared__ float scratch[MAX_WARPS];
     // Teams without a row of their own do the last row again, since reductions need all threads.
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < args.rows;
          first += uint64_t(gridDim.x) * blockDim.y) {
@@ -146,9 +147,9 @@ __device__ __forceinline__ void cross_entropy_fwd(const T* __restrict__ logits, 
 // The mean: one block, whose threads add up in f64 and always in the same order.
 constexpr int TOTAL_THREADS = 256;
 
-extern "C" __global__ void __launch_bounds__(TOTAL_THREADS)
-    cross_entropy_fwd_total(const float* __restrict__ row_loss, const int64_t* __restrict__ targets,
-                            float* __restrict__ loss, float* __restrict__ inverse_count, CrossEntropyArgs args) {
+KERNEL(TOTAL_THREADS)
+cross_entropy_fwd_total(const float* __restrict__ row_loss, const int64_t* __restrict__ targets,
+                        float* __restrict__ loss, float* __restrict__ inverse_count, CrossEntropyArgs args) {
     __shared__ double totals[TOTAL_THREADS];
     __shared__ double counts[TOTAL_THREADS];
     const int thread = threadIdx.x;
@@ -215,20 +216,17 @@ __device__ __forceinline__ void cross_entropy_bwd(const T* __restrict__ logits, 
     }
 }
 
-#define CROSS_ENTROPY(SUFFIX, T)                                                                      \
-    extern "C" __global__ void __launch_bounds__(256)                                                 \
-        cross_entropy_fwd_##SUFFIX(const T* __restrict__ logits, const int64_t* __restrict__ targets, \
-                                   float* __restrict__ lse, float* __restrict__ row_loss,             \
-                                   CrossEntropyArgs args) {                                           \
-        __shared__ float scratch[MAX_WARPS];                                                          \
-        cross_entropy_fwd(logits, targets, lse, row_loss, args, scratch);                             \
-    }                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                                 \
-        cross_entropy_bwd_##SUFFIX(const T* __restrict__ logits, const int64_t* __restrict__ targets, \
-                                   const float* __restrict__ lse,                                     \
-                                   const float* __restrict__ inverse_count,                           \
-                                   const float* __restrict__ dloss, T* __restrict__ dlogits,          \
-                                   CrossEntropyArgs args) {                                           \
-        cross_entropy_bwd(logits, targets, lse, inverse_count, dloss, dlogits, args);                 \
+#define CROSS_ENTROPY(SUFFIX, T)                                                                               \
+    KERNEL(256) cross_entropy_fwd_##SUFFIX(const T* __restrict__ logits, const int64_t* __restrict__ targets,  \
+                                           float* __restrict__ lse, float* __restrict__ row_loss,              \
+                                           CrossEntropyArgs args) {                                            \
+        cross_entropy_fwd(logits, targets, lse, row_loss, args);                                               \
+    }                                                                                                          \
+    KERNEL(256) cross_entropy_bwd_##SUFFIX(const T* __restrict__ logits, const int64_t* __restrict__ targets,  \
+                                           const float* __restrict__ lse,                                      \
+                                           const float* __restrict__ inverse_count,                            \
+                                           const float* __restrict__ dloss, T* __restrict__ dlogits,           \
+                                           CrossEntropyArgs args) {                                            \
+        cross_entropy_bwd(logits, targets, lse, inverse_count, dloss, dlogits, args);                          \
     }
 FOR_EACH_DTYPE(CROSS_ENTROPY)

@@ -13,9 +13,9 @@
 #include "philox.cuh"
 
 template <bool VECTOR, typename T>
-__device__ __forceinline__ void drop_path_add(const T* __restrict__ x, const T* __restrict__ residual,
-                                              T* __restrict__ y, uint64_t samples, uint64_t size,
-                                              const MaskArgs& mask) {
+__device__ __forceinline__ void drop_path_add_tiles(const T* __restrict__ x, const T* __restrict__ residual,
+                                                    T* __restrict__ y, uint64_t samples, uint64_t size,
+                                                    const MaskArgs& mask) {
     constexpr int N = TILE_OF<VECTOR>;
     for_each_tile<N>(samples, size, [&](uint64_t sample, uint64_t first, uint64_t step) {
         const uint64_t start = sample * size;
@@ -49,14 +49,21 @@ __device__ __forceinline__ void drop_path_add(const T* __restrict__ x, const T* 
     });
 }
 
-#define DROP_PATH_ADD(SUFFIX, T)                                                                     \
-    extern "C" __global__ void __launch_bounds__(256) drop_path_add_fwd_##SUFFIX(                    \
-        const T* __restrict__ x, const T* __restrict__ residual, T* __restrict__ y,                  \
-        uint64_t samples, uint64_t size, MaskArgs mask) {                                            \
-        if (size % WIDTH == 0 && is_aligned(x) && is_aligned(residual) && is_aligned(y)) {           \
-            drop_path_add<true>(x, residual, y, samples, size, mask);                                \
-        } else {                                                                                     \
-            drop_path_add<false>(x, residual, y, samples, size, mask);                               \
-        }                                                                                            \
+template <typename T>
+__device__ __forceinline__ void drop_path_add_fwd(const T* __restrict__ x, const T* __restrict__ residual,
+                                                  T* __restrict__ y, uint64_t samples, uint64_t size,
+                                                  const MaskArgs& mask) {
+    if (rows_are_vectors(size, x, residual, y)) {
+        drop_path_add_tiles<true>(x, residual, y, samples, size, mask);
+    } else {
+        drop_path_add_tiles<false>(x, residual, y, samples, size, mask);
+    }
+}
+
+#define DROP_PATH_ADD(SUFFIX, T)                                                                           \
+    KERNEL(256) drop_path_add_fwd_##SUFFIX(const T* __restrict__ x, const T* __restrict__ residual,        \
+                                           T* __restrict__ y, uint64_t samples, uint64_t size,             \
+                                           MaskArgs mask) {                                                \
+        drop_path_add_fwd(x, residual, y, samples, size, mask);                                            \
     }
 FOR_EACH_DTYPE(DROP_PATH_ADD)

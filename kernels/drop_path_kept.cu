@@ -15,9 +15,9 @@
 constexpr uint32_t NOWHERE = 0xffffffffu;
 
 template <bool VECTOR, typename T>
-__device__ __forceinline__ void drop_path_kept(const T* __restrict__ x, const uint32_t* __restrict__ places,
-                                               const T* __restrict__ residual, T* __restrict__ y,
-                                               uint64_t samples, uint64_t size, float scale) {
+__device__ __forceinline__ void drop_path_kept_tiles(const T* __restrict__ x, const uint32_t* __restrict__ places,
+                                                     const T* __restrict__ residual, T* __restrict__ y,
+                                                     uint64_t samples, uint64_t size, float scale) {
     constexpr int N = TILE_OF<VECTOR>;
     for_each_tile<N>(samples, size, [&](uint64_t sample, uint64_t first, uint64_t step) {
         const uint32_t place = places[sample];
@@ -53,14 +53,21 @@ __device__ __forceinline__ void drop_path_kept(const T* __restrict__ x, const ui
     });
 }
 
-#define DROP_PATH_KEPT(SUFFIX, T)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) drop_path_kept_fwd_##SUFFIX(                   \
-        const T* __restrict__ x, const uint32_t* __restrict__ places, const T* __restrict__ residual, \
-        T* __restrict__ y, uint64_t samples, uint64_t size, float scale) {                           \
-        if (size % WIDTH == 0 && is_aligned(x) && is_aligned(residual) && is_aligned(y)) {           \
-            drop_path_kept<true>(x, places, residual, y, samples, size, scale);                      \
-        } else {                                                                                     \
-            drop_path_kept<false>(x, places, residual, y, samples, size, scale);                     \
-        }                                                                                            \
+template <typename T>
+__device__ __forceinline__ void drop_path_kept_fwd(const T* __restrict__ x, const uint32_t* __restrict__ places,
+                                                   const T* __restrict__ residual, T* __restrict__ y,
+                                                   uint64_t samples, uint64_t size, float scale) {
+    if (rows_are_vectors(size, x, residual, y)) {
+        drop_path_kept_tiles<true>(x, places, residual, y, samples, size, scale);
+    } else {
+        drop_path_kept_tiles<false>(x, places, residual, y, samples, size, scale);
+    }
+}
+
+#define DROP_PATH_KEPT(SUFFIX, T)                                                                            \
+    KERNEL(256) drop_path_kept_fwd_##SUFFIX(const T* __restrict__ x, const uint32_t* __restrict__ places,    \
+                                            const T* __restrict__ residual, T* __restrict__ y,               \
+                                            uint64_t samples, uint64_t size, float scale) {                  \
+        drop_path_kept_fwd(x, places, residual, y, samples, size, scale);                                    \
     }
 FOR_EACH_DTYPE(DROP_PATH_KEPT)

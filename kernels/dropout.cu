@@ -11,8 +11,8 @@
 #include "philox.cuh"
 
 template <bool VECTOR, typename T>
-__device__ __forceinline__ void dropout(const T* __restrict__ x, T* __restrict__ y, uint64_t rows,
-                                        uint64_t cols, const MaskArgs& mask) {
+__device__ __forceinline__ void dropout_tiles(const T* __restrict__ x, T* __restrict__ y, uint64_t rows,
+                                              uint64_t cols, const MaskArgs& mask) {
     constexpr int N = TILE_OF<VECTOR>;
     for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
         const T* x_row = x + row * cols;
@@ -40,13 +40,17 @@ __device__ __forceinline__ void dropout(const T* __restrict__ x, T* __restrict__
     });
 }
 
-#define DROPOUT(SUFFIX, T)                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) dropout_fwd_##SUFFIX(                         \
-        const T* __restrict__ x, T* __restrict__ y, uint64_t rows, uint64_t cols, MaskArgs mask) {  \
-        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(x) && is_aligned(y)) {       \
-            dropout<true>(x, y, rows, cols, mask);                                                  \
-        } else {                                                                                    \
-            dropout<false>(x, y, rows, cols, mask);                                                 \
-        }                                                                                           \
+template <typename T>
+__device__ __forceinline__ void dropout_fwd(const T* __restrict__ x, T* __restrict__ y, uint64_t rows,
+                                            uint64_t cols, const MaskArgs& mask) {
+    if (rows_are_vectors(cols, x, y) && is_drawn_whole(mask)) {
+        dropout_tiles<true>(x, y, rows, cols, mask);
+    } else {
+        dropout_tiles<false>(x, y, rows, cols, mask);
     }
+}
+
+#define DROPOUT(SUFFIX, T)                                                                              \
+    KERNEL(256) dropout_fwd_##SUFFIX(const T* __restrict__ x, T* __restrict__ y, uint64_t rows,         \
+                                     uint64_t cols, MaskArgs mask) { dropout_fwd(x, y, rows, cols, mask); }
 FOR_EACH_DTYPE(DROPOUT)

@@ -15,9 +15,9 @@
 #include "philox.cuh"
 
 template <bool VECTOR, typename T>
-__device__ __forceinline__ void dropout_add(const T* __restrict__ x, const T* __restrict__ residual,
-                                            const T* __restrict__ bias, T* __restrict__ y, uint64_t rows,
-                                            uint64_t cols, const MaskArgs& mask) {
+__device__ __forceinline__ void dropout_add_tiles(const T* __restrict__ x, const T* __restrict__ residual,
+                                                  const T* __restrict__ bias, T* __restrict__ y, uint64_t rows,
+                                                  uint64_t cols, const MaskArgs& mask) {
     constexpr int N = TILE_OF<VECTOR>;
     for_each_tile<N>(rows, cols, [&](uint64_t row, uint64_t first, uint64_t step) {
         const uint64_t start = row * cols;
@@ -50,16 +50,22 @@ __device__ __forceinline__ void dropout_add(const T* __restrict__ x, const T* __
     });
 }
 
-#define DROPOUT_ADD(SUFFIX, T)                                                                        \
-    extern "C" __global__ void __launch_bounds__(256) dropout_add_fwd_##SUFFIX(                       \
-        const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ bias,          \
-        T* __restrict__ y, uint64_t rows, uint64_t cols, MaskArgs mask) {                             \
-        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(x) && is_aligned(residual) &&  \
-            is_aligned(bias) && is_aligned(y)) {                                                      \
-            dropout_add<true>(x, residual, bias, y, rows, cols, mask);                                \
-        } else {                                                                                      \
-            dropout_add<false>(x, residual, bias, y, rows, cols, mask);                               \
-        }                                                                                             \
+template <typename T>
+__device__ __forceinline__ void dropout_add_fwd(const T* __restrict__ x, const T* __restrict__ residual,
+                                                const T* __restrict__ bias, T* __restrict__ y, uint64_t rows,
+                                                uint64_t cols, const MaskArgs& mask) {
+    if (rows_are_vectors(cols, x, residual, bias, y) && is_drawn_whole(mask)) {
+        dropout_add_tiles<true>(x, residual, bias, y, rows, cols, mask);
+    } else {
+        dropout_add_tiles<false>(x, residual, bias, y, rows, cols, mask);
+    }
+}
+
+#define DROPOUT_ADD(SUFFIX, T)                                                                            \
+    KERNEL(256) dropout_add_fwd_##SUFFIX(const T* __restrict__ x, const T* __restrict__ residual,         \
+                                         const T* __restrict__ bias, T* __restrict__ y, uint64_t rows,    \
+                                         uint64_t cols, MaskArgs mask) {                                  \
+        dropout_add_fwd(x, residual, bias, y, rows, cols, mask);                                          \
     }
 FOR_EACH_DTYPE(DROPOUT_ADD)
 
@@ -69,9 +75,9 @@ constexpr int TEAMS = 8;
 
 // sums [gridDim.y, cols]: the column sums of each chunk of rows.
 template <bool VECTOR, typename T>
-__device__ __forceinline__ void column_sums(const T* __restrict__ dy, float* __restrict__ sums,
-                                            uint64_t rows, uint64_t cols, const MaskArgs& mask,
-                                            float (*partial)[LANES * WIDTH]) {
+__device__ __forceinline__ void column_sums_of_block(const T* __restrict__ dy, float* __restrict__ sums,
+                                                     uint64_t rows, uint64_t cols, const MaskArgs& mask,
+                                                     float (*partial)[LANES * WIDTH]) {
     const uint64_t col = (uint64_t(blockIdx.x) * LANES + threadIdx.x) * WIDTH;
     const int count = count_at(col, cols);
     float sum[WIDTH] = {};
@@ -99,24 +105,35 @@ __device__ __forceinline__ void column_sums(const T* __restrict__ dy, float* __r
     if (j < count) sums[uint64_t(blockIdx.y) * cols + col + j] = total;  // tail
 }
 
-#define DROPOUT_ADD_BIAS(SUFFIX, T)                                                                \
-    extern "C" __global__ void __launch_bounds__(LANES* TEAMS) dropout_add_bwd_bias_##SUFFIX(      \
-        const T* __restrict__ dy, float* __restrict__ sums, uint64_t rows, uint64_t cols,          \
-        MaskArgs mask) {                                                                           \
-        __shared__ float partial[TEAMS][LANES * WIDTH];                                            \
-        if (cols % WIDTH == 0 && mask.col_0 % WIDTH == 0 && is_aligned(dy)) {                      \
-            column_sums<true>(dy, sums, rows, cols, mask, partial);                                \
-        } else {                                                                                   \
-            column_sums<false>(dy, sums, rows, cols, mask, partial);                               \
-        }                                                                                          \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) dropout_add_bwd_bias_total_##SUFFIX(         \
-        const float* __restrict__ sums, T* __restrict__ dbias, uint64_t chunks, uint64_t cols) {   \
-        for (uint64_t col = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; col < cols;           \
-             col += uint64_t(gridDim.x) * blockDim.x) {                                            \
-            float total = 0.f;                                                                     \
-            for (uint64_t chunk = 0; chunk < chunks; ++chunk) total += sums[chunk * cols + col];   \
-            dbias[col] = narrow<T>(total);                                                         \
-        }                                                                                          \
+template <typename T>
+__device__ __forceinline__ void column_sums(const T* __restrict__ dy, float* __restrict__ sums, uint64_t rows,
+                                            uint64_t cols, const MaskArgs& mask) {
+    __shared__ float partial[TEAMS][LANES * WIDTH];
+    if (rows_are_vectors(cols, dy) && is_drawn_whole(mask)) {
+        column_sums_of_block<true>(dy, sums, rows, cols, mask, partial);
+    } else {
+        column_sums_of_block<false>(dy, sums, rows, cols, mask, partial);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void column_sums_total(const float* __restrict__ sums, T* __restrict__ dbias,
+                                                  uint64_t chunks, uint64_t cols) {
+    for (uint64_t col = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; col < cols;
+         col += uint64_t(gridDim.x) * blockDim.x) {
+        float total = 0.f;
+        for (uint64_t chunk = 0; chunk < chunks; ++chunk) total += sums[chunk * cols + col];
+        dbias[col] = narrow<T>(total);
+    }
+}
+
+#define DROPOUT_ADD_BIAS(SUFFIX, T)                                                                           \
+    KERNEL(LANES * TEAMS) dropout_add_bwd_bias_##SUFFIX(const T* __restrict__ dy, float* __restrict__ sums,   \
+                                                        uint64_t rows, uint64_t cols, MaskArgs mask) {        \
+        column_sums(dy, sums, rows, cols, mask);                                                              \
+    }                                                                                                         \
+    KERNEL(256) dropout_add_bwd_bias_total_##SUFFIX(const float* __restrict__ sums, T* __restrict__ dbias,    \
+                                                    uint64_t chunks, uint64_t cols) {                         \
+        column_sums_total(sums, dbias, chunks, cols);                                                         \
     }
 FOR_EACH_DTYPE(DROPOUT_ADD_BIAS)

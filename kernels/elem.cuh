@@ -7,9 +7,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // A kernel for each dtype, from one template: FOR_EACH_DTYPE(X) expands X(suffix, type).
 #define FOR_EACH_DTYPE(X) X(f32, float) X(f16, __half) X(bf16, __nv_bfloat16)
+
+// Begins an entry point, with its launch bounds. Its body is a call of the template that chooses how to compute.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
@@ -53,9 +57,19 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
 // 8 elements, the columns of one Philox call: one 16-byte access for halves, two for f32.
 constexpr int WIDTH = 8;
 
+// Arguments that choose an instance of a template.
+using Yes = std::true_type;
+using No = std::false_type;
+
 // True for a tensor that is not there.
 __device__ __forceinline__ bool is_aligned(const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// True if each row of these tensors [.., cols] is made of whole vectors.
+template <typename... Tensor>
+__device__ __forceinline__ bool rows_are_vectors(uint64_t cols, const Tensor*... tensors) {
+    return cols % WIDTH == 0 && (is_aligned(tensors) && ...);
 }
 
 // Up to 8 elements of a row as they come from memory. Widened only when they are needed, they occupy half
@@ -167,6 +181,10 @@ constexpr int TILE_OF = VECTOR ? TILE : 1;
 // Vectors of its row that a thread keeps: all of them, or one at a time.
 template <bool RESIDENT>
 constexpr int KEPT = RESIDENT ? TILE : 1;
+
+__device__ __forceinline__ bool fits_in_registers(uint64_t cols) {
+    return cols <= uint64_t(blockDim.x) * TILE * WIDTH;
+}
 
 // The walk of a thread over the row that its team has taken: calls body(i, col) for its vectors, i < N, of
 // each stretch of blockDim.x * N vectors.

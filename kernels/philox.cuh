@@ -57,7 +57,10 @@ __device__ __forceinline__ Draws draw(const MaskArgs& mask, uint64_t mask_row, u
     return philox(mask.key, mask_row, uint32_t((mask.col_0 + col) / 8));
 }
 
-// The same for a window whose first column is no multiple of 8, so that 8 columns straddle two calls.
+// True if the tensor's columns 8 i .. 8 i + 8 are those of one call, for which `draw` is enough.
+__device__ __forceinline__ bool is_drawn_whole(const MaskArgs& mask) { return mask.col_0 % 8 == 0; }
+
+// The same as `draw` for a window whose first column is no multiple of 8, so that 8 columns straddle two calls.
 __device__ __forceinline__ Draws draw_unaligned(const MaskArgs& mask, uint64_t mask_row, uint64_t col) {
     const Draws low = draw(mask, mask_row, col);
     const int skip = int((mask.col_0 + col) % 8);

@@ -61,8 +61,8 @@ __device__ __forceinline__ void rotate_vectors(float (&low)[WIDTH], float (&high
 }
 
 template <bool VECTOR, bool INTERLEAVED, typename T>
-__device__ __forceinline__ void rope(const T* __restrict__ x, const float* __restrict__ cos,
-                                     const float* __restrict__ sin, T* __restrict__ y, const RopeArgs& args) {
+__device__ __forceinline__ void rope_rows(const T* __restrict__ x, const float* __restrict__ cos,
+                                          const float* __restrict__ sin, T* __restrict__ y, const RopeArgs& args) {
     // Element by element there is nothing to gain from more than one head in flight.
     constexpr int N = VECTOR ? HEADS : 1;
     const uint64_t groups = (args.heads + HEADS - 1) / HEADS;
@@ -124,22 +124,26 @@ __device__ __forceinline__ void rope_in_style(const T* __restrict__ x, const flo
                                               const float* __restrict__ sin, T* __restrict__ y,
                                               const RopeArgs& args) {
     const uint64_t strides = args.x_strides[0] | args.x_strides[1] | args.x_strides[2];
-    if ((args.half | strides) % WIDTH == 0 && is_aligned(x) && is_aligned(cos) && is_aligned(sin) &&
-        is_aligned(y)) {
-        rope<true, INTERLEAVED>(x, cos, sin, y, args);
+    if (rows_are_vectors(args.half | strides, x, cos, sin, y)) {
+        rope_rows<true, INTERLEAVED>(x, cos, sin, y, args);
     } else {
-        rope<false, INTERLEAVED>(x, cos, sin, y, args);
+        rope_rows<false, INTERLEAVED>(x, cos, sin, y, args);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void rope_fwd(const T* __restrict__ x, const float* __restrict__ cos,
+                                         const float* __restrict__ sin, T* __restrict__ y, const RopeArgs& args) {
+    if (args.interleaved) {
+        rope_in_style<true>(x, cos, sin, y, args);
+    } else {
+        rope_in_style<false>(x, cos, sin, y, args);
     }
 }
 
 #define ROPE(SUFFIX, T)                                                                               \
-    extern "C" __global__ void __launch_bounds__(256)                                                 \
-        rope_fwd_##SUFFIX(const T* __restrict__ x, const float* __restrict__ cos,                     \
-                          const float* __restrict__ sin, T* __restrict__ y, RopeArgs args) {          \
-        if (args.interleaved) {                                                                       \
-            rope_in_style<true>(x, cos, sin, y, args);                                                \
-        } else {                                                                                      \
-            rope_in_style<false>(x, cos, sin, y, args);                                               \
-        }                                                                                             \
+    KERNEL(256) rope_fwd_##SUFFIX(const T* __restrict__ x, const float* __restrict__ cos,             \
+                                  const float* __restrict__ sin, T* __restrict__ y, RopeArgs args) {  \
+        rope_fwd(x, cos, sin, y, args);                                                               \
     }
 FOR_EACH_DTYPE(ROPE)

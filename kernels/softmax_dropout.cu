@@ -126,10 +126,10 @@ struct Softmax {
 };
 
 template <bool VECTOR, bool RESIDENT, typename T>
-__device__ __forceinline__ void softmax_dropout_fwd(const T* __restrict__ scores,
-                                                    const T* __restrict__ additive, T* __restrict__ y,
-                                                    uint64_t rows, uint64_t keys, const ScoreArgs& args,
-                                                    const MaskArgs& drop, float* scratch) {
+__device__ __forceinline__ void softmax_dropout_fwd_rows(const T* __restrict__ scores,
+                                                         const T* __restrict__ additive, T* __restrict__ y,
+                                                         uint64_t rows, uint64_t keys, const ScoreArgs& args,
+                                                         const MaskArgs& drop, float* scratch) {
     constexpr int N = KEPT<RESIDENT>;
     // Teams without a row of their own do the last row again, since reductions need all threads.
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows;
@@ -154,11 +154,11 @@ __device__ __forceinline__ void softmax_dropout_fwd(const T* __restrict__ scores
 }
 
 template <bool VECTOR, bool RESIDENT, typename T>
-__device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores,
-                                                    const T* __restrict__ additive,
-                                                    const T* __restrict__ dy, T* __restrict__ dscores,
-                                                    uint64_t rows, uint64_t keys, const ScoreArgs& args,
-                                                    const MaskArgs& drop, float* scratch) {
+__device__ __forceinline__ void softmax_dropout_bwd_rows(const T* __restrict__ scores,
+                                                         const T* __restrict__ additive,
+                                                         const T* __restrict__ dy, T* __restrict__ dscores,
+                                                         uint64_t rows, uint64_t keys, const ScoreArgs& args,
+                                                         const MaskArgs& drop, float* scratch) {
     constexpr int N = KEPT<RESIDENT>;
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows;
          first += uint64_t(gridDim.x) * blockDim.y) {
@@ -210,42 +210,43 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
 }
 
 template <typename T>
-__device__ __forceinline__ bool can_use_vectors(const T* scores, const T* additive, const T* y,
-                                                uint64_t keys, const MaskArgs& drop) {
-    return keys % WIDTH == 0 && drop.col_0 % WIDTH == 0 && is_aligned(scores) && is_aligned(additive) &&
-           is_aligned(y);
+__device__ __forceinline__ void softmax_dropout_fwd(const T* __restrict__ scores, const T* __restrict__ additive,
+                                                    T* __restrict__ y, uint64_t rows, uint64_t keys,
+                                                    const ScoreArgs& args, const MaskArgs& drop) {
+    __shared__ float scratch[MAX_WARPS];
+    if (!rows_are_vectors(keys, scores, additive, y) || !is_drawn_whole(drop)) {
+        softmax_dropout_fwd_rows<false, false>(scores, additive, y, rows, keys, args, drop, scratch);
+    } else if (!fits_in_registers(keys)) {
+        softmax_dropout_fwd_rows<true, false>(scores, additive, y, rows, keys, args, drop, scratch);
+    } else {
+        softmax_dropout_fwd_rows<true, true>(scores, additive, y, rows, keys, args, drop, scratch);
+    }
 }
 
-__device__ __forceinline__ bool fits_in_registers(uint64_t keys) {
-    return keys <= uint64_t(blockDim.x) * TILE * WIDTH;
+template <typename T>
+__device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores, const T* __restrict__ additive,
+                                                    const T* __restrict__ dy, T* __restrict__ dscores,
+                                                    uint64_t rows, uint64_t keys, const ScoreArgs& args,
+                                                    const MaskArgs& drop) {
+    __shared__ float scratch[MAX_WARPS];
+    if (!rows_are_vectors(keys, scores, additive, dy, dscores) || !is_drawn_whole(drop)) {
+        softmax_dropout_bwd_rows<false, false>(scores, additive, dy, dscores, rows, keys, args, drop, scratch);
+    } else if (!fits_in_registers(keys)) {
+        softmax_dropout_bwd_rows<true, false>(scores, additive, dy, dscores, rows, keys, args, drop, scratch);
+    } else {
+        softmax_dropout_bwd_rows<true, true>(scores, additive, dy, dscores, rows, keys, args, drop, scratch);
+    }
 }
 
-#define SOFTMAX_DROPOUT(SUFFIX, T)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, 2) softmax_dropout_fwd_##SUFFIX(                \
-        const T* __restrict__ scores, const T* __restrict__ additive, T* __restrict__ y,              \
-        uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) {                                \
-        __shared__ float scratch[MAX_WARPS];                                                          \
-        if (!can_use_vectors(scores, additive, y, keys, drop)) {                                      \
-            softmax_dropout_fwd<false, false>(scores, additive, y, rows, keys, args, drop, scratch);  \
-        } else if (!fits_in_registers(keys)) {                                                        \
-            softmax_dropout_fwd<true, false>(scores, additive, y, rows, keys, args, drop, scratch);   \
-        } else {                                                                                      \
-            softmax_dropout_fwd<true, true>(scores, additive, y, rows, keys, args, drop, scratch);    \
-        }                                                                                             \
-    }                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256, 2) softmax_dropout_bwd_##SUFFIX(                \
-        const T* __restrict__ scores, const T* __restrict__ additive, const T* __restrict__ dy,       \
-        T* __restrict__ dscores, uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) {       \
-        __shared__ float scratch[MAX_WARPS];                                                          \
-        if (!can_use_vectors(scores, additive, dscores, keys, drop) || !is_aligned(dy)) {             \
-            softmax_dropout_bwd<false, false>(scores, additive, dy, dscores, rows, keys, args, drop,  \
-                                              scratch);                                               \
-        } else if (!fits_in_registers(keys)) {                                                        \
-            softmax_dropout_bwd<true, false>(scores, additive, dy, dscores, rows, keys, args, drop,   \
-                                             scratch);                                                \
-        } else {                                                                                      \
-            softmax_dropout_bwd<true, true>(scores, additive, dy, dscores, rows, keys, args, drop,    \
-                                            scratch);                                                 \
-        }                                                                                             \
+#define SOFTMAX_DROPOUT(SUFFIX, T)                                                                             \
+    KERNEL(256, 2) softmax_dropout_fwd_##SUFFIX(const T* __restrict__ scores, const T* __restrict__ additive,  \
+                                                T* __restrict__ y, uint64_t rows, uint64_t keys,               \
+                                                ScoreArgs args, MaskArgs drop) {                               \
+        softmax_dropout_fwd(scores, additive, y, rows, keys, args, drop);                                      \
+    }                                                                                                          \
+    KERNEL(256, 2) softmax_dropout_bwd_##SUFFIX(const T* __restrict__ scores, const T* __restrict__ additive,  \
+                                                const T* __restrict__ dy, T* __restrict__ dscores,             \
+                                                uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) { \
+        softmax_dropout_bwd(scores, additive, dy, dscores, rows, keys, args, drop);                            \
     }
 FOR_EACH_DTYPE(SOFTMAX_DROPOUT)

@@ -28,6 +28,7 @@ mod launch;
 #[path = "../../src/mask/mod.rs"]
 #[allow(dead_code, unused_imports)]
 mod mask;
+mod norm;
 mod rope;
 #[path = "../../src/ops/rope/args.rs"]
 #[allow(dead_code)]

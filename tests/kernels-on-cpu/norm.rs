@@ -1,0 +1,197 @@
+//! `kernels/norm.cu` against its formula in f64.
+
+use candle_core::{D, Tensor, Var};
+use candle_dropout::{Norm, reference};
+
+use crate::common::*;
+use crate::harness::{Case, Program};
+use crate::launch::{Launch, norm, norm_bwd, norm_totals};
+
+pub static KERNELS: Program = Program::new("kernels/norm.cu");
+
+pub const EPS: f32 = 0.125;
+
+/// Teams of 4, 8 and 32 lanes; a whole block a row; rows longer than the registers hold; more teams than
+/// rows, and more rows than teams.
+pub const SHAPES: &[[usize; 2]] = &[
+    [1, 1],
+    [5, 3],
+    [130, 16],
+    [9, 61],
+    [67, 136],
+    [10, 1000],
+    [3, 1027],
+    [3, 2048],
+    [2, 8208],
+    [3, 8195],
+];
+
+/// The norm with these parameters in f64.
+pub fn wide_norm<T: Element>(weight: &[T], bias: Option<&[T]>, removes_mean: bool) -> Norm {
+    let cols = weight.len();
+    let (weight, bias) = (wide(weight, &[cols]), bias.map(|bias| wide(bias, &[cols])));
+    match (removes_mean, bias) {
+        (true, bias) => Norm::layer_norm(weight, bias, EPS.into()),
+        (false, None) => Norm::rms_norm(weight, EPS.into()),
+        (false, Some(bias)) => Norm::rms_norm(weight, EPS.into()).with_bias(bias),
+    }
+}
+
+/// What each element of a norm is the sum of: x and its mean, scaled, and the bias.
+pub fn norm_terms(x: &Tensor, norm: &Norm) -> Vec<f64> {
+    let abs = x.abs().unwrap();
+    let size = match norm.remove_mean() {
+        true => abs.broadcast_add(&abs.mean_keepdim(D::Minus1).unwrap()).unwrap(),
+        false => abs,
+    };
+    let terms = size.broadcast_mul(&rstd(x, norm)).unwrap();
+    let terms = terms.broadcast_mul(&norm.weight().abs().unwrap()).unwrap();
+    values(&match norm.bias() {
+        Some(bias) => terms.broadcast_add(&bias.abs().unwrap()).unwrap(),
+        None => terms,
+    })
+}
+
+fn rstd(x: &Tensor, norm: &Norm) -> Tensor {
+    let centered = match norm.remove_mean() {
+        true => x.broadcast_sub(&x.mean_keepdim(D::Minus1).unwrap()).unwrap(),
+        false => x.clone(),
+    };
+    let variance = centered.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
+    (variance + norm.eps()).unwrap().sqrt().unwrap().recip().unwrap()
+}
+
+/// Norm's bias, removes the mean, misaligned by.
+const FORMS: &[(bool, bool, usize)] =
+    &[(false, true, 0), (true, true, 0), (false, false, 0), (true, false, 1)];
+
+/// A launch of `norm_fwd`.
+pub fn forward_case<T: Element>(
+    launch: Launch,
+    x: &[T],
+    weight: &[T],
+    bias: &Option<Vec<T>>,
+    removes_mean: bool,
+    offset: usize,
+) -> Case {
+    case::<T>("norm_fwd", launch)
+        .input(x)
+        .misaligned_by(offset * size_of::<T>())
+        .input(weight)
+        .optional(bias)
+        .output::<T>(x.len())
+        .value((x.len() / weight.len()) as u64)
+        .value(weight.len() as u64)
+        .value(EPS)
+        .value(u32::from(removes_mean))
+}
+
+fn forward<T: Element>() {
+    let (mut cases, mut expected) = (Vec::new(), Vec::new());
+    for &[rows, cols] in SHAPES {
+        for &(has_bias, removes_mean, offset) in FORMS {
+            let (x, weight): (Vec<T>, Vec<T>) = (random(1, rows * cols), random(2, cols));
+            let bias: Option<Vec<T>> = has_bias.then(|| random(3, cols));
+            let wide_x = wide(&x, &[rows, cols]);
+            let wide_norm = wide_norm(&weight, bias.as_deref(), removes_mean);
+            let y = cases::norm::formula(&wide_x, &wide_norm).unwrap();
+            let launch = norm(rows, cols, MULTIPROCESSORS[cases.len() % 2]);
+            cases.push(forward_case(launch, &x, &weight, &bias, removes_mean, offset));
+            let what = format!("[{rows}, {cols}], {has_bias} {removes_mean} {offset}");
+            expected.push((values::<f64>(&y), norm_terms(&wide_x, &wide_norm), what));
+        }
+    }
+    for (outputs, (y, terms, what)) in KERNELS.run(&cases).unwrap().iter().zip(expected) {
+        assert_close(&outputs.get::<T>(0), &y, &terms, &what);
+    }
+}
+
+#[test]
+fn forward_equals_the_formula() {
+    for_each_dtype!(forward());
+}
+
+/// What the elements of `dx`, `dweight` and `dbias` are the sums of, for the terms `h` of the norm without
+/// parameters.
+fn backward_terms<T: Element>(h: &[f64], dy: &[T], weight: &[T], rstd: &[f64]) -> [Vec<f64>; 3] {
+    let cols = weight.len();
+    let (mut dx, mut dweight, mut dbias) = (Vec::new(), vec![0.; cols], vec![0.; cols]);
+    for ((h, dy), rstd) in h.chunks(cols).zip(dy.chunks(cols)).zip(rstd) {
+        let size = |col: usize| (dy[col].to_f64() * weight[col].to_f64()).abs();
+        let mean_g = (0..cols).map(size).sum::<f64>() / cols as f64;
+        let mean_gh = (0..cols).map(|col| size(col) * h[col]).sum::<f64>() / cols as f64;
+        for col in 0..cols {
+            dx.push(rstd * (size(col) + mean_g + h[col] * mean_gh));
+            dweight[col] += dy[col].to_f64().abs() * h[col];
+            dbias[col] += dy[col].to_f64().abs();
+        }
+    }
+    [dx, dweight, dbias]
+}
+
+fn backward<T: Element>() {
+    for &[rows, cols] in SHAPES {
+        for (at, (removes_mean, offset)) in
+            [(true, 0), (false, 0), (true, 1)].into_iter().enumerate()
+        {
+            let (x, dy): (Vec<T>, Vec<T>) = (random(1, rows * cols), random(2, rows * cols));
+            let weight: Vec<T> = random(3, cols);
+            let bias = vec![T::from_f64(0.); cols];
+            let var =
+                |values: &[T], shape: &[usize]| Var::from_tensor(&wide(values, shape)).unwrap();
+            let (x_var, weight_var) = (var(&x, &[rows, cols]), var(&weight, &[cols]));
+            let bias_var = var(&bias, &[cols]);
+            let norm = match removes_mean {
+                true => {
+                    let (weight, bias) = (weight_var.as_tensor(), bias_var.as_tensor());
+                    Norm::layer_norm(weight.clone(), Some(bias.clone()), EPS.into())
+                }
+                false => Norm::rms_norm(weight_var.as_tensor().clone(), EPS.into())
+                    .with_bias(bias_var.as_tensor().clone()),
+            };
+            let y = cases::norm::formula(&x_var, &norm).unwrap();
+            let grads = (y * wide(&dy, &[rows, cols])).unwrap().backward().unwrap();
+            let grad = |var: &Var| values::<f64>(grads.get(var).unwrap());
+
+            let launch = norm_bwd(rows, cols, MULTIPROCESSORS[at % 2]);
+            let blocks = launch.grid[0] as usize;
+            let case = case::<T>("norm_bwd", launch)
+                .input(&x)
+                .input(&weight)
+                .input(&dy)
+                .misaligned_by(offset * size_of::<T>())
+                .output::<T>(rows * cols)
+                .output::<f32>(2 * blocks * cols)
+                .value(rows as u64)
+                .value(cols as u64)
+                .value(EPS)
+                .value(u32::from(removes_mean));
+            let outputs = KERNELS.run_one(case).unwrap();
+            let totals = crate::common::case::<T>("norm_bwd_total", norm_totals(cols))
+                .input(&outputs.get::<f32>(1))
+                .output::<T>(cols)
+                .output::<T>(cols)
+                .value(blocks as u64)
+                .value(cols as u64);
+            let totals = KERNELS.run_one(totals).unwrap();
+            let what = format!("[{rows}, {cols}], mean {removes_mean}, offset {offset}");
+            let wide_x = wide(&x, &[rows, cols]);
+            let plain = wide_norm(&vec![1f32; cols], None, removes_mean);
+            let [dx_terms, dweight_terms, dbias_terms] = backward_terms(
+                &norm_terms(&wide_x, &plain),
+                &dy,
+                &weight,
+                &values(&rstd(&wide_x, &plain)),
+            );
+            assert_close(&outputs.get::<T>(0), &grad(&x_var), &dx_terms, &format!("dx {what}"));
+            let (dweight, dbias) = (totals.get::<T>(0), totals.get::<T>(1));
+            assert_close(&dweight, &grad(&weight_var), &dweight_terms, &format!("dweight {what}"));
+            assert_close(&dbias, &grad(&bias_var), &dbias_terms, &format!("dbias {what}"));
+        }
+    }
+}
+
+#[test]
+fn backward_gives_the_gradients_of_the_formula() {
+    for_each_dtype!(backward());
+}
