@@ -11,6 +11,8 @@
 mod case;
 mod chain;
 pub mod device;
+#[cfg(test)]
+mod host;
 pub mod runner;
 mod tensors;
 mod view;

@@ -1,11 +1,10 @@
 //! `kernels/activation_dropout.cu` against the CPU op in f64.
 
 use candle_core::Var;
+use candle_dropout::sizes::elementwise;
 use candle_dropout::{Activation, activation_dropout};
 
-use crate::common::*;
-use crate::harness::Program;
-use crate::launch::elementwise;
+use crate::host::*;
 
 static KERNELS: Program = Program::new("kernels/activation_dropout.cu");
 

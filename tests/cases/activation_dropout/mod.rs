@@ -1,6 +1,8 @@
 //! `activation_dropout` with each activation.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 
 use candle_core::{Result, Tensor};
 use candle_dropout::{Activation, DropMask, activation_dropout};

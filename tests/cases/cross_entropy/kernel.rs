@@ -1,9 +1,8 @@
 //! `kernels/cross_entropy.cu` against its formula in f64.
 
-use crate::common::*;
-use crate::cross_entropy_args::{CrossEntropyArgs, CrossEntropyConfig};
-use crate::harness::Program;
-use crate::launch;
+use candle_dropout::{CrossEntropyArgs, CrossEntropyConfig};
+
+use crate::host::*;
 
 static KERNELS: Program = Program::new("kernels/cross_entropy.cu");
 
@@ -125,7 +124,7 @@ fn equals_the_formula<T: Element>() {
         let inverse_count = if count == 0 { 0. } else { 1. / count as f64 };
         let scale = f64::from(DLOSS) * inverse_count;
         let (losses, lse, gradient) = formula(form, &logits, &targets, scale);
-        let launch = launch::cross_entropy(rows, classes, MULTIPROCESSORS[at % 2]);
+        let launch = args.launch(MULTIPROCESSORS[at % 2]);
         let what = format!(
             "[{rows}, {classes}], smoothing {}, ignoring {:?}, offsets {:?}, one hot {}",
             form.smoothing, form.ignore_index, form.offsets, form.one_hot
@@ -172,12 +171,13 @@ fn forward_and_backward_equal_the_formula() {
 /// The loss of one row.
 fn loss_of(logits: &[f32], target: i64, label_smoothing: f64) -> f32 {
     let config = CrossEntropyConfig { label_smoothing, ignore_index: None };
-    let forward = case::<f32>("cross_entropy_fwd", launch::cross_entropy(1, logits.len(), 1))
+    let args = CrossEntropyArgs::new(1, logits.len(), &config);
+    let forward = case::<f32>("cross_entropy_fwd", args.launch(1))
         .input(logits)
         .input(&[target])
         .output::<f32>(1)
         .output::<f32>(1)
-        .by_value(&CrossEntropyArgs::new(1, logits.len(), &config));
+        .by_value(&args);
     KERNELS.run_one(forward).unwrap().get::<f32>(1)[0]
 }
 
@@ -213,7 +213,7 @@ fn the_mean_is_over_the_rows_that_are_not_ignored() {
             let total: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
             let config = CrossEntropyConfig { label_smoothing: 0., ignore_index };
             cases.push(
-                case_named("cross_entropy_fwd_total", launch::cross_entropy_total())
+                case_named("cross_entropy_fwd_total", CrossEntropyArgs::launch_total())
                     .input(&losses)
                     .input(&targets)
                     .output::<f32>(1)
@@ -236,7 +236,7 @@ fn a_target_that_is_no_class_gives_nan_in_its_row_alone() {
         let logits: Vec<f32> = random(1, 4 * classes);
         let targets = [1, classes as i64, -1, 2];
         let args = CrossEntropyArgs::new(4, classes, &CrossEntropyConfig::default());
-        let launch = launch::cross_entropy(4, classes, 1);
+        let launch = args.launch(1);
         let forward = case::<f32>("cross_entropy_fwd", launch)
             .input(&logits)
             .input(&targets)

@@ -1,6 +1,8 @@
 //! `cross_entropy`, and the same with label smoothing and some rows ignored.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_dropout::{CrossEntropyConfig, DropMask, cross_entropy};

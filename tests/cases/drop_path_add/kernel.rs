@@ -1,11 +1,10 @@
 //! `kernels/drop_path_add.cu`, bit for bit the CPU op.
 
 use candle_core::{Device, Tensor};
+use candle_dropout::sizes::elementwise;
 use candle_dropout::{StochasticDepth, drop_path_add};
 
-use crate::common::*;
-use crate::harness::Program;
-use crate::launch::elementwise;
+use crate::host::*;
 
 static KERNELS: Program = Program::new("kernels/drop_path_add.cu");
 

@@ -1,6 +1,8 @@
 //! `drop_path_add`, sample by sample and the batch as a whole.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_dropout::{DropMask, StochasticDepth, drop_path_add};

@@ -1,5 +1,8 @@
 //! `drop_path_kept` around a branch that changes nothing, by the formula of `drop_path_add`.
 
+#[cfg(test)]
+mod kernel;
+
 use candle_core::{Result, Tensor};
 use candle_dropout::{DropMask, StochasticDepth, drop_path_add, drop_path_kept};
 

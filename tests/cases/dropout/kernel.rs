@@ -1,10 +1,9 @@
 //! `kernels/dropout.cu`, bit for bit the CPU op.
 
 use candle_dropout::dropout;
+use candle_dropout::sizes::elementwise;
 
-use crate::common::*;
-use crate::harness::{Case, Program};
-use crate::launch::elementwise;
+use crate::host::*;
 
 static KERNELS: Program = Program::new("kernels/dropout.cu");
 

@@ -1,6 +1,8 @@
 //! `dropout`.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 
 use candle_core::{Result, Tensor};
 use candle_dropout::{DropMask, dropout};

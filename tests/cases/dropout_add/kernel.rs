@@ -1,10 +1,9 @@
 //! `kernels/dropout_add.cu`: forward bit for bit the CPU op, the bias gradient a sum in f64.
 
-use candle_dropout::dropout_add;
+use candle_dropout::sizes::elementwise;
+use candle_dropout::{ColumnSumsGrids, dropout_add};
 
-use crate::common::*;
-use crate::harness::{Case, Program};
-use crate::launch::{column_sums, column_totals, elementwise};
+use crate::host::*;
 
 static KERNELS: Program = Program::new("kernels/dropout_add.cu");
 
@@ -93,10 +92,10 @@ fn bias_gradient<T: Element>() {
                 *dy = poison(i);
             }
         }
-        let launch = column_sums(rows, cols, MULTIPROCESSORS[at % 2]);
-        let chunks = launch.grid[1] as usize;
+        let grids = ColumnSumsGrids::new(rows, cols, MULTIPROCESSORS[at % 2]);
+        let chunks = grids.sums.grid[1] as usize;
         sums.push(
-            case::<T>("dropout_add_bwd_bias", launch)
+            case::<T>("dropout_add_bwd_bias", grids.sums)
                 .input(&dy)
                 .misaligned_by(offset * size_of::<T>())
                 .output::<f32>(chunks * cols)
@@ -104,12 +103,11 @@ fn bias_gradient<T: Element>() {
                 .value(cols as u64)
                 .by_value(&mask.args),
         );
-        expected.push((chunks, cols, dbias, terms, what));
+        expected.push((grids.totals, chunks, cols, dbias, terms, what));
     }
     let sums = KERNELS.run(&sums).unwrap();
-    let total = |(at, sums): (usize, &crate::harness::Outputs)| -> Case {
-        let (chunks, cols, ..) = expected[at];
-        let launch = column_totals(cols, MULTIPROCESSORS[at % 2]);
+    let total = |(at, sums): (usize, &Outputs)| -> Case {
+        let (launch, chunks, cols, ..) = expected[at];
         case::<T>("dropout_add_bwd_bias_total", launch)
             .input(&sums.get::<f32>(0))
             .output::<T>(cols)
@@ -117,7 +115,7 @@ fn bias_gradient<T: Element>() {
             .value(cols as u64)
     };
     let totals = KERNELS.run(&sums.iter().enumerate().map(total).collect::<Vec<_>>()).unwrap();
-    for (outputs, (_, _, dbias, terms, what)) in totals.iter().zip(&expected) {
+    for (outputs, (_, _, _, dbias, terms, what)) in totals.iter().zip(&expected) {
         assert_close(&outputs.get::<T>(0), dbias, terms, what);
     }
 }
@@ -135,7 +133,7 @@ fn the_mask_is_that_of_an_independent_implementation() {
         let [ones, zeros] = [1f32, 0.].map(|x| vec![x; cols]);
         let finish = |case: Case| case.value(1u64).value(cols as u64).by_value(&mask.args);
         let fwd = case::<f32>("dropout_add_fwd", elementwise(1, cols, 1));
-        let bwd = case::<f32>("dropout_add_bwd_bias", column_sums(1, cols, 1));
+        let bwd = case::<f32>("dropout_add_bwd_bias", ColumnSumsGrids::new(1, cols, 1).sums);
         [
             finish(fwd.input(&ones).input(&zeros).null().output::<f32>(cols)),
             finish(bwd.input(&ones).output::<f32>(cols)),

@@ -1,6 +1,8 @@
 //! `dropout_add`, with a bias and without.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 
 use candle_core::{Result, Tensor};
 use candle_dropout::{DropMask, dropout_add};

@@ -2,12 +2,11 @@
 //! the formula in f64 and bit for bit that of `kernels/norm.cu`.
 
 use candle_core::DType;
-use candle_dropout::dropout_add;
+use candle_dropout::{NormArgs, dropout_add};
 
-use crate::common::*;
-use crate::harness::Program;
-use crate::launch::norm;
-use crate::norm::{EPS, SHAPES, forward_case, norm_terms, wide_norm};
+use crate::host::*;
+use crate::norm;
+use crate::norm::kernel::{EPS, SHAPES, forward_case, norm_terms, wide_norm};
 
 static KERNELS: Program = Program::new("kernels/dropout_add_norm.cu");
 
@@ -58,10 +57,10 @@ fn forward<T: Element>() {
         let z = dropout_add(&x_tensor, &stream_tensor, bias_tensor.as_ref(), &mask.drop).unwrap();
         let wide_norm = wide_norm(&weight, norm_bias.as_deref(), removes_mean);
         let wide_z = z.to_dtype(DType::F64).unwrap();
-        let n = cases::norm::formula(&wide_z, &wide_norm).unwrap();
+        let n = norm::formula(&wide_z, &wide_norm).unwrap();
         let n_terms = norm_terms(&wide_z, &wide_norm);
 
-        let launch = norm(rows, cols, MULTIPROCESSORS[at % 2]);
+        let launch = NormArgs::launch(rows, cols, MULTIPROCESSORS[at % 2]);
         norms.push(forward_case(launch, &values::<T>(&z), &weight, &norm_bias, removes_mean, 0));
         cases.push(
             case::<T>("dropout_add_norm_fwd", launch)
@@ -82,7 +81,7 @@ fn forward<T: Element>() {
         let n = (values::<f64>(&n), n_terms);
         expected.push((values::<T>(&z), n, stream, mask.keep, format!("{shape:?} {form:?}")));
     }
-    let norms = crate::norm::KERNELS.run(&norms).unwrap();
+    let norms = norm::kernel::KERNELS.run(&norms).unwrap();
     let outputs = KERNELS.run(&cases).unwrap();
     for ((outputs, norm_alone), (expected_z, (n, n_terms), stream, keep, what)) in
         outputs.iter().zip(norms).zip(expected)
@@ -106,7 +105,7 @@ fn the_mask_is_that_of_an_independent_implementation() {
     let case = |Vector { mask, keep, .. }: &Vector| {
         let cols = keep.len();
         let ones = vec![1f32; cols];
-        case::<f32>("dropout_add_norm_fwd", norm(1, cols, 1))
+        case::<f32>("dropout_add_norm_fwd", NormArgs::launch(1, cols, 1))
             .input(&ones)
             .null()
             .null()

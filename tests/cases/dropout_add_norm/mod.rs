@@ -1,6 +1,8 @@
 //! `dropout_add_norm`, with a residual and without, around each norm.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 
 use candle_core::{Result, Tensor};
 use candle_dropout::{DropMask, Norm, dropout_add_norm};

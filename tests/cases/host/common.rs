@@ -3,15 +3,13 @@
 use std::fmt::Debug;
 
 use candle_core::{DType, Device, Tensor, WithDType};
-use candle_dropout::{DropMask, MaskKey, Rate};
+use candle_dropout::sizes::Launch;
+use candle_dropout::{
+    AttentionArgs, AttentionLayout, CrossEntropyArgs, DropMask, HeadStrides, MaskArgs, MaskKey,
+    Rate, RopeArgs, ScoreArgs,
+};
 
-use crate::attention_args::{AttentionArgs, AttentionLayout, HeadStrides};
-use crate::cross_entropy_args::CrossEntropyArgs;
-use crate::harness::{Case, Plain};
-use crate::launch::Launch;
-use crate::mask::MaskArgs;
-use crate::rope_args::RopeArgs;
-use crate::score_args::ScoreArgs;
+use super::case::{Case, Plain};
 
 /// One, so few that a grid has to stride over tensors of a test's size, and the H200's.
 pub const MULTIPROCESSORS: [usize; 2] = [1, 132];
@@ -113,12 +111,8 @@ impl Mask {
         let drop = DropMask::with_rate(rate, key).window(full, start);
         let keep: Vec<u8> = values(&drop.to_tensor(dims, &Device::Cpu).unwrap());
         let keep = keep.into_iter().map(|keep| keep == 1).collect();
-        Self {
-            drop,
-            args: mask_args(rate, key, [dims, full, start]),
-            keep,
-            scale: rate.scale().into(),
-        }
+        let args = drop.args("test", dims).unwrap();
+        Self { drop, args, keep, scale: rate.scale().into() }
     }
 
     /// The same at the rate and with the key of most tests.
@@ -133,13 +127,6 @@ impl Mask {
     }
 }
 
-/// As [`DropMask`] makes them, from the same source.
-fn mask_args(rate: Rate, key: MaskKey, [dims, full, start]: [&[usize]; 3]) -> MaskArgs {
-    let rate = crate::mask::Rate::new((65536 - rate.threshold()) as f32 / 65536.).unwrap();
-    let key = crate::mask::MaskKey::new(key.bits());
-    crate::mask::DropMask::with_rate(rate, key).window(full, start).args("test", dims).unwrap()
-}
-
 /// The structs that kernels take by value.
 ///
 /// # Safety
@@ -147,13 +134,13 @@ fn mask_args(rate: Rate, key: MaskKey, [dims, full, start]: [&[usize]; 3]) -> Ma
 pub unsafe trait Struct: Copy {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/mask/args.rs`.
 unsafe impl Struct for MaskArgs {}
-// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/softmax_dropout/mask.rs`.
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/softmax_dropout/args.rs`.
 unsafe impl Struct for ScoreArgs {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/rope/args.rs`.
 unsafe impl Struct for RopeArgs {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/cross_entropy/args.rs`.
 unsafe impl Struct for CrossEntropyArgs {}
-// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/attention/config.rs`.
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/attention/args.rs`.
 unsafe impl Struct for AttentionArgs {}
 // SAFETY: as above.
 unsafe impl Struct for AttentionLayout {}
@@ -200,7 +187,7 @@ pub struct Vector {
 /// rate and at those that tell its first and last draw from their neighbours.
 pub fn vectors() -> Vec<Vector> {
     let mut vectors = Vec::new();
-    for line in include_str!("../mask_vectors.txt").lines() {
+    for line in include_str!("../../mask_vectors.txt").lines() {
         let field: Vec<_> = line.split(' ').collect();
         let key = MaskKey::new(u64::from_str_radix(field[2], 16).unwrap());
         let threshold: u32 = field[4].parse().unwrap();

@@ -86,7 +86,7 @@ inline void create(Fiber &fiber, void (*entry)()) {
   const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   void *memory = mmap(nullptr, guard + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, guard, PROT_NONE) != 0) {
-    perror("kernels-on-cpu: stack of a thread");
+    perror("kernels-on-host: stack of a thread");
     _exit(1);
   }
   char *stack = static_cast<char *>(memory) + guard;

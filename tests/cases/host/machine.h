@@ -135,7 +135,7 @@ inline unsigned thread_id() { return static_cast<unsigned>(current - threads); }
 inline unsigned lane_id() { return thread_id() % warpSize; }
 
 inline void print_position() {
-  fprintf(stderr, "kernels-on-cpu: in %s, block (%u, %u, %u)", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z);
+  fprintf(stderr, "kernels-on-host: in %s, block (%u, %u, %u)", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z);
   if (current) fprintf(stderr, ", thread (%u, %u, %u)", threadIdx.x, threadIdx.y, threadIdx.z);
   fputc('\n', stderr);
 }
@@ -143,7 +143,7 @@ inline void print_position() {
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  fputs("kernels-on-cpu: ", stderr);
+  fputs("kernels-on-host: ", stderr);
   vfprintf(stderr, format, arguments);
   fputc('\n', stderr);
   va_end(arguments);

@@ -157,7 +157,7 @@ inline int run(const char *cases_path, const char *results_path) {
   CaseFile cases{fopen(cases_path, "rb")};
   FILE *results = fopen(results_path, "wb");
   if (!cases.file || !results) {
-    perror("kernels-on-cpu");
+    perror("kernels-on-host");
     return 1;
   }
   // Where a sanitizer stops a kernel it names the source line; this adds the thread.

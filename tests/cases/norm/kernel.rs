@@ -1,11 +1,11 @@
 //! `kernels/norm.cu` against its formula in f64.
 
 use candle_core::{D, Tensor, Var};
-use candle_dropout::{Norm, reference};
+use candle_dropout::sizes::Launch;
+use candle_dropout::{Norm, NormArgs};
 
-use crate::common::*;
-use crate::harness::{Case, Program};
-use crate::launch::{Launch, norm, norm_bwd, norm_totals};
+use super::formula;
+use crate::host::*;
 
 pub static KERNELS: Program = Program::new("kernels/norm.cu");
 
@@ -94,8 +94,8 @@ fn forward<T: Element>() {
             let bias: Option<Vec<T>> = has_bias.then(|| random(3, cols));
             let wide_x = wide(&x, &[rows, cols]);
             let wide_norm = wide_norm(&weight, bias.as_deref(), removes_mean);
-            let y = cases::norm::formula(&wide_x, &wide_norm).unwrap();
-            let launch = norm(rows, cols, MULTIPROCESSORS[cases.len() % 2]);
+            let y = formula(&wide_x, &wide_norm).unwrap();
+            let launch = NormArgs::launch(rows, cols, MULTIPROCESSORS[cases.len() % 2]);
             cases.push(forward_case(launch, &x, &weight, &bias, removes_mean, offset));
             let what = format!("[{rows}, {cols}], {has_bias} {removes_mean} {offset}");
             expected.push((values::<f64>(&y), norm_terms(&wide_x, &wide_norm), what));
@@ -149,11 +149,11 @@ fn backward<T: Element>() {
                 false => Norm::rms_norm(weight_var.as_tensor().clone(), EPS.into())
                     .with_bias(bias_var.as_tensor().clone()),
             };
-            let y = cases::norm::formula(&x_var, &norm).unwrap();
+            let y = formula(&x_var, &norm).unwrap();
             let grads = (y * wide(&dy, &[rows, cols])).unwrap().backward().unwrap();
             let grad = |var: &Var| values::<f64>(grads.get(var).unwrap());
 
-            let launch = norm_bwd(rows, cols, MULTIPROCESSORS[at % 2]);
+            let launch = NormArgs::launch_bwd(rows, cols, MULTIPROCESSORS[at % 2]);
             let blocks = launch.grid[0] as usize;
             let case = case::<T>("norm_bwd", launch)
                 .input(&x)
@@ -167,7 +167,7 @@ fn backward<T: Element>() {
                 .value(EPS)
                 .value(u32::from(removes_mean));
             let outputs = KERNELS.run_one(case).unwrap();
-            let totals = crate::common::case::<T>("norm_bwd_total", norm_totals(cols))
+            let totals = crate::host::case::<T>("norm_bwd_total", NormArgs::launch_bwd_total(cols))
                 .input(&outputs.get::<f32>(1))
                 .output::<T>(cols)
                 .output::<T>(cols)

@@ -1,6 +1,8 @@
 //! LayerNorm and RMSNorm.
 
 mod formula;
+#[cfg(test)]
+pub(crate) mod kernel;
 
 use candle_core::{Module, Result, Tensor};
 use candle_dropout::{DropMask, Norm};

@@ -1,12 +1,9 @@
 //! `kernels/rope.cu`, bit for bit the CPU op.
 
-use candle_core::{Layout, Tensor};
-use candle_dropout::{RopeStyle, rope};
+use candle_core::Tensor;
+use candle_dropout::{RopeArgs, RopeStyle, rope};
 
-use crate::common::*;
-use crate::harness::Program;
-use crate::launch;
-use crate::rope_args::RopeArgs;
+use crate::host::*;
 
 static KERNELS: Program = Program::new("kernels/rope.cu");
 
@@ -60,12 +57,11 @@ fn equals_the_cpu<T: Element>() {
                 let turned = if inverse { as_tensor(&sin).neg().unwrap() } else { as_tensor(&sin) };
                 let y: Tensor = rope(&x, &as_tensor(&cos), &turned, style).unwrap();
 
-                let layout: &Layout = x.layout();
-                let interleaved = style == RopeStyle::Interleaved;
+                let (layout, interleaved) =
+                    ((x.dims(), x.stride()), style == RopeStyle::Interleaved);
                 let args =
                     RopeArgs::new("test", layout, &table_dims, inverse, interleaved).unwrap();
-                let launch =
-                    launch::rope(b, h, t, d / 2, MULTIPROCESSORS[usize::from(b * h * t < 600)]);
+                let launch = args.launch(MULTIPROCESSORS[usize::from(b * h * t < 600)]);
                 cases.push(
                     case::<T>("rope_fwd", launch)
                         .input(&base)

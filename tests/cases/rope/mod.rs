@@ -1,6 +1,8 @@
 //! `rope` at positions from 0 on, in both styles.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_dropout::{DropMask, RopeStyle, rope};

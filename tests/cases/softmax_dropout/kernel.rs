@@ -1,13 +1,11 @@
 //! `kernels/softmax_dropout.cu` against its formula in f64.
 
-use crate::common::*;
-use crate::harness::Program;
-use crate::launch::softmax;
-use crate::score_args::{AttentionMask, ScoreArgs};
+use candle_dropout::{AttentionMask, ScoreArgs};
+
+use super::SCALE;
+use crate::host::*;
 
 static KERNELS: Program = Program::new("kernels/softmax_dropout.cu");
-
-const SCALE: f64 = 0.75;
 
 /// Teams of 4, 8 and 32 lanes; a whole block a row; rows longer than the registers hold.
 const SHAPES: &[[usize; 2]] = &[
@@ -177,7 +175,7 @@ fn equals_the_formula<T: Element>(forms: &[Form]) {
             if pass == "bwd" && form.poison == Poison::InScores {
                 continue;
             }
-            let launch = softmax(rows, keys, MULTIPROCESSORS[at % 2]);
+            let launch = ScoreArgs::launch(rows, keys, MULTIPROCESSORS[at % 2]);
             let case = case::<T>(&format!("softmax_dropout_{pass}"), launch)
                 .input(&inputs.scores)
                 .misaligned_by(form.offset * size_of::<T>())
@@ -292,7 +290,7 @@ fn the_mask_is_that_of_an_independent_implementation() {
     let case = |Vector { mask, keep, .. }: &Vector| {
         let keys = keep.len();
         let args = ScoreArgs::new("test", &[1, keys], SCALE, &AttentionMask::None).unwrap();
-        case::<f32>("softmax_dropout_fwd", softmax(1, keys, 1))
+        case::<f32>("softmax_dropout_fwd", ScoreArgs::launch(1, keys, 1))
             .input(&vec![1f32; keys])
             .null()
             .output::<f32>(keys)

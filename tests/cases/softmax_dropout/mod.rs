@@ -1,6 +1,8 @@
 //! `softmax_dropout` with each mask of attention.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 
 use candle_core::{D, Result, Tensor};
 use candle_dropout::{AttentionMask, DropMask, softmax_dropout};
