@@ -2,6 +2,8 @@
 //! queries are as many as keys and each head has its own.
 
 mod formula;
+#[cfg(test)]
+mod kernel;
 mod sizes;
 
 use candle_core::{D, DType, Device, Result, Tensor};

@@ -1,13 +1,19 @@
 //! `kernels/attention_f32.cu` against its formula in f64.
 
-use crate::attention::*;
-use crate::harness::Program;
-use crate::launch::{ATTENTION_F32_HEAD_SIZES, attention_f32};
+use candle_dropout::AttentionPass;
+
+use super::checks::*;
+use super::form::{Form, features, layouts, masks, shapes};
+use super::run::Kernels;
+use crate::host::Program;
 
 static PROGRAM: Program = Program::new("kernels/attention_f32.cu");
 
-const KERNELS: Kernels =
-    Kernels { program: &PROGRAM, head_sizes: &ATTENTION_F32_HEAD_SIZES, launch: attention_f32 };
+const KERNELS: Kernels = Kernels {
+    program: &PROGRAM,
+    head_sizes: &AttentionPass::F32_HEAD_SIZES,
+    launch: AttentionPass::launch_f32,
+};
 
 #[test]
 fn forward_and_backward_equal_the_formula() {

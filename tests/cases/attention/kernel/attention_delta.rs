@@ -1,9 +1,8 @@
 //! `kernels/attention_delta.cu`: row sums, whatever lies between the rows.
 
-use crate::attention_args::{AttentionArgs, HeadStrides, UNBOUNDED};
-use crate::common::*;
-use crate::harness::Program;
-use crate::launch::attention_delta;
+use candle_dropout::{AttentionArgs, HeadStrides};
+
+use crate::host::*;
 
 static KERNELS: Program = Program::new("kernels/attention_delta.cu");
 
@@ -37,11 +36,7 @@ fn sums_rows<T: Element>() {
             };
             let place = |strides: &HeadStrides, values: &[T]| -> Vec<T> {
                 let index = |row: usize| {
-                    let (batch, head, query) =
-                        (row / queries / heads, row / queries % heads, row % queries);
-                    batch * strides.batch as usize
-                        + head * strides.head as usize
-                        + query * strides.row as usize
+                    strides.at(row / queries / heads, row / queries % heads, row % queries)
                 };
                 let span = (0..rows).map(index).max().unwrap_or(0) + head_size;
                 let mut memory = vec![poison(0); span];
@@ -66,10 +61,10 @@ fn sums_rows<T: Element>() {
                 queries: queries as u32,
                 keys: 3,
                 head_size: head_size as u32,
-                left: UNBOUNDED,
-                right: UNBOUNDED,
+                left: AttentionArgs::UNBOUNDED,
+                right: AttentionArgs::UNBOUNDED,
             };
-            let launch = attention_delta(rows, head_size, MULTIPROCESSORS[at % 2]);
+            let launch = args.launch_delta(MULTIPROCESSORS[at % 2]);
             cases.push(
                 case::<T>("attention_bwd_delta", launch)
                     .input(&place(&o_strides, &o))
