@@ -121,9 +121,7 @@ fn forward_and_backward_equal_the_cpu() {
 
 #[test]
 fn the_mask_is_that_of_an_independent_implementation() {
-    let vectors = vectors();
-    let case = |vector: &Vector| {
-        let cols = vector.keep.len();
+    assert_keeps_the_vectors(&KERNELS, |mask, cols| {
         case::<f32>("activation_dropout_fwd", elementwise(1, cols, 1))
             .input(&vec![1f32; cols])
             .null()
@@ -131,13 +129,8 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .value(1u64)
             .value(cols as u64)
             .value(Activation::Relu as u32)
-            .by_value(&vector.mask.args)
-    };
-    let outputs = KERNELS.run(&vectors.iter().map(case).collect::<Vec<_>>()).unwrap();
-    for (outputs, vector) in outputs.iter().zip(&vectors) {
-        let kept: Vec<bool> = outputs.get::<f32>(0).iter().map(|y| *y != 0.).collect();
-        assert_eq!(kept, vector.keep, "{}", vector.what);
-    }
+            .by_value(mask)
+    });
 }
 
 /// Where the cube within GELU overflows, the slope is 0 or 1 and no NaN.

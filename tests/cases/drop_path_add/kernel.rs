@@ -69,20 +69,13 @@ fn forward_and_backward_equal_the_cpu() {
 
 #[test]
 fn the_mask_is_that_of_an_independent_implementation() {
-    let vectors = vectors();
-    let case = |vector: &Vector| {
-        let samples = vector.keep.len();
+    assert_keeps_the_vectors(&KERNELS, |mask, samples| {
         case::<f32>("drop_path_add_fwd", elementwise(samples, 1, 1))
             .input(&vec![1f32; samples])
             .null()
             .output::<f32>(samples)
             .value(samples as u64)
             .value(1u64)
-            .by_value(&vector.mask.args)
-    };
-    let outputs = KERNELS.run(&vectors.iter().map(case).collect::<Vec<_>>()).unwrap();
-    for (outputs, vector) in outputs.iter().zip(&vectors) {
-        let kept: Vec<bool> = outputs.get::<f32>(0).iter().map(|y| *y != 0.).collect();
-        assert_eq!(kept, vector.keep, "{}", vector.what);
-    }
+            .by_value(mask)
+    });
 }

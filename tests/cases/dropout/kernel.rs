@@ -77,19 +77,12 @@ fn forward_equals_the_cpu() {
 
 #[test]
 fn the_mask_is_that_of_an_independent_implementation() {
-    let vectors = vectors();
-    let case = |vector: &Vector| {
-        let cols = vector.keep.len();
+    assert_keeps_the_vectors(&KERNELS, |mask, cols| {
         case::<f32>("dropout_fwd", elementwise(1, cols, 1))
             .input(&vec![1f32; cols])
             .output::<f32>(cols)
             .value(1u64)
             .value(cols as u64)
-            .by_value(&vector.mask.args)
-    };
-    let outputs = KERNELS.run(&vectors.iter().map(case).collect::<Vec<_>>()).unwrap();
-    for (outputs, vector) in outputs.iter().zip(&vectors) {
-        let kept: Vec<bool> = outputs.get::<f32>(0).iter().map(|y| *y != 0.).collect();
-        assert_eq!(kept, vector.keep, "{}", vector.what);
-    }
+            .by_value(mask)
+    });
 }

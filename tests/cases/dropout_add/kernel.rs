@@ -127,23 +127,22 @@ fn the_bias_gradient_is_the_sum_of_its_columns() {
 
 #[test]
 fn the_mask_is_that_of_an_independent_implementation() {
-    let vectors = vectors();
-    let cases = vectors.iter().flat_map(|Vector { mask, keep, .. }| {
-        let cols = keep.len();
-        let [ones, zeros] = [1f32, 0.].map(|x| vec![x; cols]);
-        let finish = |case: Case| case.value(1u64).value(cols as u64).by_value(&mask.args);
-        let fwd = case::<f32>("dropout_add_fwd", elementwise(1, cols, 1));
-        let bwd = case::<f32>("dropout_add_bwd_bias", ColumnSumsGrids::new(1, cols, 1).sums);
-        [
-            finish(fwd.input(&ones).input(&zeros).null().output::<f32>(cols)),
-            finish(bwd.input(&ones).output::<f32>(cols)),
-        ]
+    assert_keeps_the_vectors(&KERNELS, |mask, cols| {
+        case::<f32>("dropout_add_fwd", elementwise(1, cols, 1))
+            .input(&vec![1f32; cols])
+            .input(&vec![0f32; cols])
+            .null()
+            .output::<f32>(cols)
+            .value(1u64)
+            .value(cols as u64)
+            .by_value(mask)
     });
-    let outputs = KERNELS.run(&cases.collect::<Vec<_>>()).unwrap();
-    for (outputs, vector) in outputs.chunks(2).zip(&vectors) {
-        for pass in outputs {
-            let kept: Vec<bool> = pass.get::<f32>(0).iter().map(|y| *y != 0.).collect();
-            assert_eq!(kept, vector.keep, "{}", vector.what);
-        }
-    }
+    assert_keeps_the_vectors(&KERNELS, |mask, cols| {
+        case::<f32>("dropout_add_bwd_bias", ColumnSumsGrids::new(1, cols, 1).sums)
+            .input(&vec![1f32; cols])
+            .output::<f32>(cols)
+            .value(1u64)
+            .value(cols as u64)
+            .by_value(mask)
+    });
 }

@@ -101,9 +101,7 @@ fn forward_is_the_stream_of_the_cpu_and_its_norm() {
 
 #[test]
 fn the_mask_is_that_of_an_independent_implementation() {
-    let vectors = vectors();
-    let case = |Vector { mask, keep, .. }: &Vector| {
-        let cols = keep.len();
+    assert_keeps_the_vectors(&KERNELS, |mask, cols| {
         let ones = vec![1f32; cols];
         case::<f32>("dropout_add_norm_fwd", NormArgs::launch(1, cols, 1))
             .input(&ones)
@@ -117,11 +115,6 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .value(cols as u64)
             .value(EPS)
             .value(0u32)
-            .by_value(&mask.args)
-    };
-    let outputs = KERNELS.run(&vectors.iter().map(case).collect::<Vec<_>>()).unwrap();
-    for (outputs, vector) in outputs.iter().zip(&vectors) {
-        let kept: Vec<bool> = outputs.get::<f32>(0).iter().map(|z| *z != 0.).collect();
-        assert_eq!(kept, vector.keep, "{}", vector.what);
-    }
+            .by_value(mask)
+    });
 }

@@ -1,12 +1,12 @@
-//! What the tests of all ops share: dtypes, shapes, windows, data, and the kernels' by-value structs.
+//! What the tests of all ops share: dtypes, shapes, windows, data, the kernels' by-value structs, comparisons.
 
 use std::fmt::Debug;
 
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_dropout::sizes::Launch;
 use candle_dropout::{
-    AttentionArgs, AttentionLayout, CrossEntropyArgs, DropMask, HeadStrides, MaskArgs, MaskKey,
-    Rate, RopeArgs, ScoreArgs,
+    AttentionArgs, AttentionLayout, CrossEntropyArgs, HeadStrides, MaskArgs, MaskKey, RopeArgs,
+    ScoreArgs,
 };
 
 use super::case::{Case, Plain};
@@ -94,39 +94,6 @@ pub fn values<T: Element>(tensor: &Tensor) -> Vec<T> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// The mask over a tensor.
-pub struct Mask {
-    /// For the ops of the crate.
-    pub drop: DropMask,
-    /// For the kernels.
-    pub args: MaskArgs,
-    /// For formulas.
-    pub keep: Vec<bool>,
-    pub scale: f64,
-}
-
-impl Mask {
-    /// The part of shape `dims` that begins at `start` of a mask of shape `full`.
-    pub fn part(rate: Rate, key: MaskKey, [dims, full, start]: [&[usize]; 3]) -> Self {
-        let drop = DropMask::with_rate(rate, key).window(full, start);
-        let keep: Vec<u8> = values(&drop.to_tensor(dims, &Device::Cpu).unwrap());
-        let keep = keep.into_iter().map(|keep| keep == 1).collect();
-        let args = drop.args("test", dims).unwrap();
-        Self { drop, args, keep, scale: rate.scale().into() }
-    }
-
-    /// The same at the rate and with the key of most tests.
-    pub fn window(drop_p: f32, window: [&[usize]; 3]) -> Self {
-        Self::part(Rate::new(drop_p).unwrap(), MaskKey::derive(7, 11), window)
-    }
-
-    /// A part that reaches to the end of the whole.
-    pub fn from_start(drop_p: f32, dims: &[usize], start: &[usize]) -> Self {
-        let full: Vec<_> = dims.iter().zip(start).map(|(dim, start)| dim + start).collect();
-        Self::window(drop_p, [dims, &full, start])
-    }
-}
-
 /// The structs that kernels take by value.
 ///
 /// # Safety
@@ -174,51 +141,6 @@ impl Case {
     pub fn by_value<T: Struct>(self, value: &T) -> Self {
         self.value_bytes(struct_bytes(value))
     }
-}
-
-/// A stretch of one row of a mask, as an independent implementation computed it.
-pub struct Vector {
-    pub mask: Mask,
-    pub keep: Vec<bool>,
-    pub what: String,
-}
-
-/// The lines of `mask_vectors.txt`, each as it stands and from its first whole Philox call on, at its own
-/// rate and at those that tell its first and last draw from their neighbours.
-pub fn vectors() -> Vec<Vector> {
-    let mut vectors = Vec::new();
-    for line in include_str!("../../mask_vectors.txt").lines() {
-        let field: Vec<_> = line.split(' ').collect();
-        let key = MaskKey::new(u64::from_str_radix(field[2], 16).unwrap());
-        let threshold: u32 = field[4].parse().unwrap();
-        let [row, col] = [5, 6].map(|i| field[i].parse::<usize>().unwrap());
-        let draws: Vec<u32> =
-            field[7].split(',').map(|draw| u32::from_str_radix(draw, 16).unwrap()).collect();
-        let keep: Vec<bool> = field[8].bytes().map(|bit| bit == b'1').collect();
-        assert!(draws.iter().zip(&keep).all(|(draw, keep)| (*draw < threshold) == *keep));
-
-        let aligned = col.next_multiple_of(8) - col;
-        let aligned_end = aligned + draws.len().saturating_sub(aligned) / 8 * 8;
-        for (from, to) in [(0, draws.len()), (aligned, aligned_end)] {
-            if from >= to {
-                continue;
-            }
-            let draws = &draws[from..to];
-            let [first, last] = [draws[0], draws[draws.len() - 1]];
-            for threshold in [threshold, first, first + 1, last, last + 1] {
-                let rate = Rate::new((65536 - threshold) as f32 / 65536.).unwrap();
-                assert_eq!(rate.threshold(), threshold);
-                let (dims, start) = ([1, to - from], [row, col + from]);
-                let full = [row + 1, col + to];
-                vectors.push(Vector {
-                    mask: Mask::part(rate, key, [&dims, &full, &start]),
-                    keep: draws.iter().map(|draw| *draw < threshold).collect(),
-                    what: format!("row {row}, columns {} on, threshold {threshold}", col + from),
-                });
-            }
-        }
-    }
-    vectors
 }
 
 /// Equal bit for bit, where a NaN equals any other.

@@ -12,9 +12,11 @@ mod build;
 mod case;
 mod common;
 mod host_source;
+mod mask;
 mod program;
 mod selftest;
 
 pub use case::{Case, EVERY_ORDER, Order, Outputs, POISON, Plain};
 pub(crate) use common::*;
+pub use mask::{Mask, assert_keeps_the_vectors};
 pub use program::Program;

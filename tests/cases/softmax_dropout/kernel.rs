@@ -286,9 +286,7 @@ fn what_is_dropped_is_0_even_in_a_row_of_nans() {
 
 #[test]
 fn the_mask_is_that_of_an_independent_implementation() {
-    let vectors = vectors();
-    let case = |Vector { mask, keep, .. }: &Vector| {
-        let keys = keep.len();
+    assert_keeps_the_vectors(&KERNELS, |mask, keys| {
         let args = ScoreArgs::new("test", &[1, keys], SCALE, &AttentionMask::None).unwrap();
         case::<f32>("softmax_dropout_fwd", ScoreArgs::launch(1, keys, 1))
             .input(&vec![1f32; keys])
@@ -297,11 +295,6 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .value(1u64)
             .value(keys as u64)
             .by_value(&args)
-            .by_value(&mask.args)
-    };
-    let outputs = KERNELS.run(&vectors.iter().map(case).collect::<Vec<_>>()).unwrap();
-    for (outputs, vector) in outputs.iter().zip(&vectors) {
-        let kept: Vec<bool> = outputs.get::<f32>(0).iter().map(|y| *y != 0.).collect();
-        assert_eq!(kept, vector.keep, "{}", vector.what);
-    }
+            .by_value(mask)
+    });
 }
