@@ -1,5 +1,5 @@
 // Tensor cores and asynchronous copies, an instruction of PTX each (sm_80 and later). On the host
-// tests/kernels-on-cpu/mma.h has functions of the same names, by the layouts that the PTX ISA documents.
+// tests/cases/host/mma.h has functions of the same names, by the layouts that the PTX ISA documents.
 //
 // All 32 lanes of a warp call ldmatrix and mma together. With g = lane / 4 and t = lane % 4, a lane holds
 //     of A [16, 16]  rows g (registers 0, 2) and g + 8 (1, 3), columns 2t, 2t + 1 (0, 1) and 8 more (2, 3);

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proves that the kernel tests would notice a fault: `scripts/mutation-test.sh [kernels/op.cu ..]`.
 #
-# Breaks the kernels in one place at a time and demands that a test of tests/kernels-on-cpu/ fails:
+# Breaks the kernels in one place at a time and demands that a test of the kernels on the host fails:
 #
 #   - a barrier or a wait goes: a statement __syncthreads(), __syncwarp(..) or cp_async_wait..(..);
 #   - a tail predicate goes. Kernels mark those by `// tail` at the end of the line that holds one:
@@ -22,9 +22,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-tests="$(cargo test --release --test kernels-on-cpu --no-run 2>&1 | tee >(cat >&2) |
-  sed -n 's/^ *Executable .*(\(.*\))$/\1/p')"
-"$tests" --list --format terse | sed -n 's/: test$//p' >"$work/tests"
+# Those of a kernel file are `<op>::kernel::..`, or `..::kernel::<file>::..` where an op has several.
+tests="$(cargo test --release --lib --no-run 2>&1 | tee >(cat >&2) |
+  sed -n 's/^ *Executable .*(\(.*\/cases-[^/]*\))$/\1/p')"
+"$tests" --list --format terse | sed -n '/::kernel::/s/: test$//p' >"$work/tests"
 export tests work
 
 # One mutant a line: file, line number, kind, and the sed command that makes it.
@@ -172,7 +173,7 @@ try_mutant() {
     verdict='NOT CHANGED'
   else
     # One test after the other, since the first that fails is enough.
-    for test in $(for op in $(ops_of "$file"); do grep "^$op::" "$work/tests"; done); do
+    for test in $(for op in $(ops_of "$file"); do grep -E "(^|::)$op::" "$work/tests"; done); do
       status=0
       CANDLE_DROPOUT_KERNELS="$folder" timeout 300 "$tests" --exact "$test" >"$folder/log" 2>&1 || status=$?
       [ "$status" -eq 0 ] && continue
@@ -191,7 +192,7 @@ export -f try_mutant ops_of
 for file in "$@"; do list_mutants "$file"; list_edits "$file"; done >"$work/mutants"
 echo "$(wc -l <"$work/mutants") mutants" >&2
 if [ -n "${MUTANTS:-}" ]; then
-  texts="$(find kernels tests/kernels-on-cpu scripts/mutation-test.sh -type f | LC_ALL=C sort | xargs cat | sha256sum)"
+  texts="$(find kernels tests/cases scripts/mutation-test.sh -type f | LC_ALL=C sort | xargs cat | sha256sum)"
   shuf -n "$MUTANTS" --random-source=<(yes "$texts") "$work/mutants" >"$work/choice"
   mv "$work/choice" "$work/mutants"
   echo "of which $(wc -l <"$work/mutants") are tried" >&2
