@@ -11,6 +11,6 @@ pub mod sizes;
 
 #[cfg(feature = "cuda")]
 pub(crate) use kernel::{
-    Module, for_cuda_dtype, has_capability, launch, multiprocessors, optional_view, output, ptx,
-    push_optional, storage,
+    Kernel, Module, for_cuda_dtype, has_capability, launch, multiprocessors, optional_view, output,
+    ptx, push_optional, storage,
 };

@@ -1,9 +1,8 @@
-//! The functions that the model is made of, as a table: this crate's fused ops, or the same maths
-//! from candle's own.
+//! The functions that the model is made of, as a table: here this crate's fused ops, in `unfused.rs` the
+//! same maths from candle's own.
 
 use candle_core::{Module, Result, Tensor};
 
-use super::{TransformerConfig, unfused};
 use crate::layers::Rope;
 use crate::mask::DropMask;
 use crate::ops::{
@@ -42,7 +41,7 @@ pub(super) struct Joint<'a> {
     pub(super) norm: &'a Norm,
 }
 
-const FUSED: Functions = Functions {
+pub(super) const FUSED: Functions = Functions {
     linear,
     rotate: Rope::rotate,
     flash: true,
@@ -53,28 +52,7 @@ const FUSED: Functions = Functions {
 };
 
 /// Fused, with scores of attention that are kept in memory.
-const MATERIALISED: Functions = Functions { flash: false, ..FUSED };
-
-const UNFUSED: Functions = Functions {
-    linear: unfused::linear,
-    rotate: unfused::rotate,
-    flash: false,
-    weights: unfused::weights,
-    activate: unfused::activate,
-    embed: unfused::embed,
-    residual: unfused::residual,
-};
-
-impl Functions {
-    /// Those that a configuration asks for.
-    pub(super) fn of(config: &TransformerConfig) -> &'static Self {
-        match (config.fused, config.flash_attention) {
-            (true, true) => &FUSED,
-            (true, false) => &MATERIALISED,
-            (false, _) => &UNFUSED,
-        }
-    }
-}
+pub(super) const MATERIALISED: Functions = Functions { flash: false, ..FUSED };
 
 fn residual(y: &Tensor, joint: &Joint) -> Result<Stream> {
     let Joint { bias, drop, drop_path, residual, norm } = joint;

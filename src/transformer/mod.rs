@@ -30,7 +30,8 @@ use crate::layers::{DropPath, Dropout, Rope, RopeConfig};
 use crate::mask::{DropMask, MaskGenerator};
 use crate::ops::{Activation, AttentionConfig, Norm, RopeStyle, attention, attention_qkv};
 use crate::vars::checkpoint_var_builder;
-use functions::{Functions, Joint, Stream};
+use functions::{FUSED, Functions, Joint, MATERIALISED, Stream};
+use unfused::UNFUSED;
 use weights::{BlockWeights, Projection, Projections, Weights};
 
 pub use config::{Architecture, TransformerConfig};
@@ -332,7 +333,11 @@ impl Transformer {
             Block::new(config, at + 1, weights, norms[at + 1].clone(), rope.clone(), &generator)
         };
         Ok(Self {
-            functions: Functions::of(config),
+            functions: match (config.fused, config.flash_attention) {
+                (true, true) => &FUSED,
+                (true, false) => &MATERIALISED,
+                (false, _) => &UNFUSED,
+            },
             embedding,
             blocks: blocks.into_iter().enumerate().map(block).collect::<Result<_>>()?,
             head,

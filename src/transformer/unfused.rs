@@ -3,13 +3,16 @@
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::{ops as nn_ops, rotary_emb::rope_slow};
 
-use super::functions::{Joint, Stream};
+use super::functions::{Functions, Joint, Stream};
 use crate::layers::Rope;
 use crate::mask::DropMask;
 use crate::ops::{Activation, Norm, dropout};
 
+pub(super) const UNFUSED: Functions =
+    Functions { linear, rotate, flash: false, weights, activate, embed, residual };
+
 /// One matrix product over all tokens.
-pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (b, t, c) = x.dims3()?;
     let y = x.reshape((b * t, c))?.matmul(weight)?.reshape((b, t, ()))?; // [B, T, out]
     add_bias(&y, bias)
@@ -22,14 +25,14 @@ fn add_bias(y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     }
 }
 
-pub(super) fn rotate(rope: &Rope, x: &Tensor, start: usize) -> Result<Tensor> {
+fn rotate(rope: &Rope, x: &Tensor, start: usize) -> Result<Tensor> {
     let (dtype, t) = (x.dtype(), x.dim(2)?);
     let angles = |table: &Tensor| table.narrow(0, start, t); // [T, D/2]
     let x = x.to_dtype(rope.cos().dtype())?;
     rope_slow(&x, &angles(rope.cos())?, &angles(rope.sin())?)?.to_dtype(dtype)
 }
 
-pub(super) fn weights(scores: &Tensor, scale: f64, drop: &DropMask) -> Result<Tensor> {
+fn weights(scores: &Tensor, scale: f64, drop: &DropMask) -> Result<Tensor> {
     let (t, s) = (scores.dim(2)?, scores.dim(3)?);
     let is_future = |at: usize| at % s > at / s + s - t;
     let future: Vec<f32> =
@@ -40,7 +43,7 @@ pub(super) fn weights(scores: &Tensor, scale: f64, drop: &DropMask) -> Result<Te
     dropout(&nn_ops::softmax(&scores, D::Minus1)?, drop) // [B, H, T, S]
 }
 
-pub(super) fn activate(h: &Tensor, bias: Option<&Tensor>, act: Activation) -> Result<Tensor> {
+fn activate(h: &Tensor, bias: Option<&Tensor>, act: Activation) -> Result<Tensor> {
     let h = add_bias(h, bias)?;
     let gated = |gate: fn(&Tensor) -> Result<Tensor>| {
         let half = h.dim(D::Minus1)? / 2;
@@ -70,13 +73,13 @@ fn gelu(x: &Tensor) -> Result<Tensor> {
     (x * s)?.to_dtype(dtype)
 }
 
-pub(super) fn embed(e: &Tensor, norm: &Norm, drop: &DropMask) -> Result<Stream> {
+fn embed(e: &Tensor, norm: &Norm, drop: &DropMask) -> Result<Stream> {
     let x = dropout(e, drop)?; // [B, T, C]
     let n = normalise(&x, norm)?; // [B, T, C]
     Ok((x, n))
 }
 
-pub(super) fn residual(y: &Tensor, joint: &Joint) -> Result<Stream> {
+fn residual(y: &Tensor, joint: &Joint) -> Result<Stream> {
     let Joint { bias, drop, drop_path, residual, norm } = joint;
     let y = dropout(&add_bias(y, *bias)?, drop)?; // [B, T, C]
     let z = if drop_path.is_none() {

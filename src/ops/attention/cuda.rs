@@ -1,37 +1,36 @@
-use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaView, LaunchArgs, PushKernelArg,
-};
-use candle_core::{CudaDevice, CudaStorage, Result, WithDType, bail};
+use candle_core::cuda_backend::cudarc::driver::{CudaView, DeviceRepr, LaunchArgs, PushKernelArg};
+use candle_core::{CudaDevice, Result, Storage, Tensor, WithDType, bail};
 
-use super::config::{AttentionArgs, AttentionLayout};
-use super::{GradLayout, NAME, Operands};
-use crate::launch::config::{
-    ATTENTION_F32_HEAD_SIZES, ATTENTION_HALF_HEAD_SIZES, AttentionPass, Launch, attention_delta,
-    attention_f32, attention_half,
+use super::NAME;
+use super::args::{AttentionArgs, AttentionLayout, AttentionPass, HeadStrides};
+use super::shape::{Attention, GradLayout, Saved};
+use crate::cuda::sizes::Launch;
+use crate::cuda::{
+    Kernel, Module, for_cuda_dtype, has_capability, launch, multiprocessors, optional_view, output,
+    ptx, push_optional, storage,
 };
-use crate::launch::cuda::{
-    for_cuda_dtype, has_capability, kernel_name, launch, load_with_shared_memory, multiprocessors,
-    output, ptx, push_optional,
-};
-use crate::launch::ptx_text;
-use crate::mask::MaskArgs;
+use crate::input::Input;
 
-/// Candle caches the compiled modules under these names, for all crates of a program.
-const HALF: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::attention");
-const F32: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::attention_f32");
-const DELTA: &str = concat!("candle_dropout ", env!("CARGO_PKG_VERSION"), "::attention_delta");
+const HALF: Module = Module::new(NAME, ptx::ATTENTION_HALF);
+const F32: Module = Module::new(NAME, ptx::ATTENTION_F32);
+const DELTA: Module = Module::new(NAME, ptx::ATTENTION_DELTA);
 
-/// The kernel of a pass for a dtype and the head size of `args`, and how it is launched.
+// SAFETY: `repr(C)` integers and floats without padding, laid out as `struct AttentionArgs` of the kernels.
+unsafe impl DeviceRepr for AttentionArgs {}
+// SAFETY: as above, for `struct AttentionLayout`.
+unsafe impl DeviceRepr for AttentionLayout {}
+// SAFETY: as above, for `struct HeadStrides`.
+unsafe impl DeviceRepr for HeadStrides {}
+
+/// The kernel of a pass for a dtype and the head size of `attention`, and how it is launched.
 fn kernel<T: WithDType>(
+    attention: &Attention,
     device: &CudaDevice,
     pass: AttentionPass,
-    args: &AttentionArgs,
-    drop: &MaskArgs,
-) -> Result<(CudaFunction, Launch)> {
-    let is_half = size_of::<T>() == 2;
-    let module = if is_half { (HALF, ptx::ATTENTION) } else { (F32, ptx::ATTENTION_F32) };
+) -> Result<(Kernel, Launch)> {
+    let (args, is_half) = (&attention.args, size_of::<T>() == 2);
+    let module = if is_half { HALF } else { F32 };
     if is_half {
         // The tensor cores' instructions for both halves, and asynchronous copies.
         if !has_capability(device, (8, 0))? {
@@ -41,7 +40,7 @@ fn kernel<T: WithDType>(
                 T::DTYPE
             )
         }
-        if let Some(built @ ..80) = ptx_text::target(module.1) {
+        if let Some(built @ ..80) = module.target() {
             bail!(
                 "{NAME}: q: expected kernels built for compute capability 8.0 or later for {:?}, got {}.{}; \
                  build with CUDA_COMPUTE_CAP=80 or later, or convert to f32 with to_dtype",
@@ -51,8 +50,10 @@ fn kernel<T: WithDType>(
             )
         }
     }
-    let head_sizes: &[usize] =
-        if is_half { &ATTENTION_HALF_HEAD_SIZES } else { &ATTENTION_F32_HEAD_SIZES };
+    let head_sizes: &[usize] = match is_half {
+        true => &AttentionPass::HALF_HEAD_SIZES,
+        false => &AttentionPass::F32_HEAD_SIZES,
+    };
     let wanted = args.head_size as usize;
     let Some(&instance) = head_sizes.iter().find(|size| **size >= wanted) else {
         bail!(
@@ -64,18 +65,49 @@ fn kernel<T: WithDType>(
         AttentionPass::Fwd | AttentionPass::BwdDq => (args.heads, args.queries),
         AttentionPass::BwdDkdv => (args.kv_heads, args.keys),
     };
-    let heads = args.batches as usize * heads as usize;
-    let sizes = if is_half { attention_half } else { attention_f32 };
-    let launch = sizes(pass, instance, heads, rows as usize);
+    let (heads, rows) = (args.batches as usize * heads as usize, rows as usize);
+    let launch = match is_half {
+        true => pass.launch_half(instance, heads, rows),
+        false => pass.launch_f32(instance, heads, rows),
+    };
     if launch.grid[0] > i32::MAX as u32 {
         bail!("{NAME}: q: expected at most 2^31 tiles of rows, got more; split the batch")
     }
-    let nodrop = if drop.keeps_all() { "_nodrop" } else { "" };
-    let kernel = kernel_name::<T>(&format!("{}{nodrop}_d{instance}", pass.kernel()));
-    Ok((load_with_shared_memory(NAME, device, &kernel, module, launch)?, launch))
+    let nodrop = if attention.drop.keeps_all() { "_nodrop" } else { "" };
+    let kernel = module.kernel::<T>(device, &format!("{}{nodrop}_d{instance}", pass.kernel()))?;
+    kernel.allow_shared_memory(launch)?;
+    Ok((kernel, launch))
 }
 
-/// What every pass reads, from the first element of each tensor on.
+/// The tensors that every pass reads.
+struct Inputs<'a> {
+    q: Input<'a>,
+    k: Input<'a>,
+    v: Input<'a>,
+    key_lengths: Option<Input<'a>>,
+    alibi_slopes: Option<Input<'a>>,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(attention: &'a Attention, qkv: [&'a Tensor; 3]) -> Self {
+        let [q, k, v] = qkv.map(|x| Input::new(NAME, x));
+        let [key_lengths, alibi_slopes] = [&attention.key_lengths, &attention.alibi_slopes]
+            .map(|x| Input::optional(NAME, x.as_ref()));
+        Self { q, k, v, key_lengths, alibi_slopes }
+    }
+
+    fn views<T: CudaDType>(&self, [q, k, v]: [usize; 3]) -> Result<Views<'_, T>> {
+        Ok(Views {
+            q: self.q.view_from(q)?,
+            k: self.k.view_from(k)?,
+            v: self.v.view_from(v)?,
+            key_lengths: optional_view(&self.key_lengths)?,
+            alibi_slopes: optional_view(&self.alibi_slopes)?,
+        })
+    }
+}
+
+/// The same from where each begins.
 struct Views<'a, T> {
     q: CudaView<'a, T>,
     k: CudaView<'a, T>,
@@ -84,22 +116,7 @@ struct Views<'a, T> {
     alibi_slopes: Option<CudaView<'a, f32>>,
 }
 
-fn view<'a, T: CudaDType>((storage, start): (&'a CudaStorage, usize)) -> Result<CudaView<'a, T>> {
-    Ok(storage.as_cuda_slice::<T>()?.slice(start..))
-}
-
 impl<'a, T: CudaDType> Views<'a, T> {
-    fn new(operands: &Operands<'a, CudaStorage>) -> Result<Self> {
-        let Operands { q, k, v, key_lengths, alibi_slopes } = *operands;
-        Ok(Self {
-            q: view(q)?,
-            k: view(k)?,
-            v: view(v)?,
-            key_lengths: key_lengths.map(view).transpose()?,
-            alibi_slopes: alibi_slopes.map(view).transpose()?,
-        })
-    }
-
     /// Adds (q, k, v, key_lengths, alibi_slopes).
     fn push<'l>(&'l self, list: &mut LaunchArgs<'l>)
     where
@@ -111,106 +128,87 @@ impl<'a, T: CudaDType> Views<'a, T> {
     }
 }
 
-fn rows(args: &AttentionArgs) -> usize {
-    args.batches as usize * args.heads as usize * args.queries as usize
-}
-
 /// `o` in the strides `layout.o`, and `lse`.
-pub(super) fn fwd(
-    args: &AttentionArgs,
-    layout: &AttentionLayout,
-    drop: &MaskArgs,
-    operands: &Operands<CudaStorage>,
-) -> Result<(CudaStorage, CudaStorage)> {
-    let device = operands.q.0.device();
-    let stream = device.cuda_stream();
-    for_cuda_dtype!(NAME, operands.q.0, |T| {
-        let (kernel, sizes) = kernel::<T>(device, AttentionPass::Fwd, args, drop)?;
-        let views = Views::<T>::new(operands)?;
+pub(super) fn fwd(attention: &Attention, qkv: [&Tensor; 3]) -> Result<[Storage; 2]> {
+    let Attention { args, layout, drop, .. } = attention;
+    let inputs = Inputs::new(attention, qkv);
+    let device = inputs.q.cuda_device()?;
+    for_cuda_dtype!(inputs.q, |T| {
+        let (kernel, sizes) = kernel::<T>(attention, device, AttentionPass::Fwd)?;
+        let views = inputs.views::<T>(attention.starts)?;
         // SAFETY: `attention_fwd` writes the rows of all heads, `head_size` elements each.
-        let o = unsafe { output::<T>(device, rows(args) * args.head_size as usize) }?;
+        let o = unsafe { output::<T>(device, args.rows() * args.head_size as usize) }?;
         // SAFETY: it writes one number a row.
-        let lse = unsafe { output::<f32>(device, rows(args)) }?;
-        let mut list = stream.launch_builder(&kernel);
+        let lse = unsafe { output::<f32>(device, args.rows()) }?;
+        let mut list = kernel.args();
         views.push(&mut list);
         list.arg(&o).arg(&lse).arg(args).arg(layout).arg(drop);
         // SAFETY: (q, k, v, key_lengths, alibi_slopes, o, lse, args, layout, drop); the tensors hold what
         // `layout` says from their first element on, o and lse what `args` says.
         unsafe { launch(list, sizes) }?;
-        let lse = CudaStorage::wrap_cuda_slice(lse, device.clone());
-        Ok((CudaStorage::wrap_cuda_slice(o, device.clone()), lse))
+        Ok([storage(o, device), storage(lse, device)])
     })
 }
 
 /// `[dq, dk, dv]`, or one tensor that holds them all if `grads.packed`.
-#[expect(clippy::too_many_arguments)]
 pub(super) fn bwd(
-    args: &AttentionArgs,
-    layout: &AttentionLayout,
+    attention: &Attention,
+    qkv: [&Tensor; 3],
+    Saved { o, lse, dout }: Saved<'_>,
     grads: &GradLayout,
-    drop: &MaskArgs,
-    operands: &Operands<CudaStorage>,
-    lse: &CudaStorage,
-    o: (&CudaStorage, usize),
-    dout: (&CudaStorage, usize),
-) -> Result<Vec<CudaStorage>> {
-    let device = operands.q.0.device();
-    let stream = device.cuda_stream();
-    let strides = &grads.strides;
-    for_cuda_dtype!(NAME, operands.q.0, |T| {
-        let (dkdv, dkdv_sizes) = kernel::<T>(device, AttentionPass::BwdDkdv, args, drop)?;
-        let (dq, dq_sizes) = kernel::<T>(device, AttentionPass::BwdDq, args, drop)?;
-        let name = kernel_name::<T>("attention_bwd_delta");
-        let delta_kernel = device.get_or_load_custom_func(&name, DELTA, ptx::ATTENTION_DELTA)?;
-        let views = Views::<T>::new(operands)?;
-        let (o, dout) = (view::<T>(o)?, view::<T>(dout)?);
-        let lse = lse.as_cuda_slice::<f32>()?;
+) -> Result<Vec<Storage>> {
+    let Attention { args, layout, drop, .. } = attention;
+    let inputs = Inputs::new(attention, qkv);
+    let device = inputs.q.cuda_device()?;
+    let (strides, rows) = (&grads.strides, args.rows());
+    let [o, lse, dout] = [o, lse, dout].map(|x| Input::new(NAME, x));
+    for_cuda_dtype!(inputs.q, |T| {
+        let (dkdv, dkdv_sizes) = kernel::<T>(attention, device, AttentionPass::BwdDkdv)?;
+        let (dq, dq_sizes) = kernel::<T>(attention, device, AttentionPass::BwdDq)?;
+        let delta_kernel = DELTA.kernel::<T>(device, "attention_bwd_delta")?;
+        let views = inputs.views::<T>(attention.starts)?;
+        let (o, dout, lse) = (o.view_from::<T>(0)?, dout.view_from::<T>(0)?, lse.view::<f32>()?);
 
         // SAFETY: `attention_bwd_delta` writes one number a row.
-        let delta = unsafe { output::<f32>(device, rows(args)) }?;
-        let delta_sizes =
-            attention_delta(rows(args), args.head_size as usize, multiprocessors(device)?);
-        let mut list = delta_kernel.builder();
+        let delta = unsafe { output::<f32>(device, rows) }?;
+        let mut list = delta_kernel.args();
         list.arg(&o).arg(&dout).arg(&delta).arg(args).arg(&layout.o).arg(&strides.o);
         // SAFETY: (o, dout, delta, args, o_strides, dout_strides); o and dout hold what their strides say from
         // their first element on, delta one number a row.
-        unsafe { launch(list, delta_sizes) }?;
+        unsafe { launch(list, args.launch_delta(multiprocessors(device)?)) }?;
 
         let (batches, d) = (args.batches as usize, args.head_size as usize);
-        let q_len = rows(args) * d;
+        let q_len = rows * d;
         let kv_len = batches * args.kv_heads as usize * args.keys as usize * d;
-        let lengths = if grads.packed.is_some() {
-            vec![q_len + 2 * kv_len]
-        } else {
-            vec![q_len, kv_len, kv_len]
+        let lengths = match grads.packed {
+            Some(_) => vec![q_len + 2 * kv_len],
+            None => vec![q_len, kv_len, kv_len],
         };
         // SAFETY: `attention_bwd_dq` and `attention_bwd_dkdv` write the rows of all heads, `head_size` elements
         // each; packed, they make up the one tensor.
-        let outputs = (lengths.into_iter())
-            .map(|len| unsafe { output::<T>(device, len) })
-            .collect::<Result<Vec<_>>>()?;
+        let new = |len| unsafe { output::<T>(device, len) };
+        let outputs = lengths.into_iter().map(new).collect::<Result<Vec<_>>>()?;
         let whole = |at: usize| outputs[at].slice(..);
         let [dq_view, dk_view, dv_view] = match grads.packed {
             Some([k, v]) => [whole(0), outputs[0].slice(k..), outputs[0].slice(v..)],
             None => [whole(0), whole(1), whole(2)],
         };
 
-        let mut list = stream.launch_builder(&dkdv);
+        let mut list = dkdv.args();
         views.push(&mut list);
-        list.arg(&dout).arg(lse).arg(&delta).arg(&dk_view).arg(&dv_view);
+        list.arg(&dout).arg(&lse).arg(&delta).arg(&dk_view).arg(&dv_view);
         list.arg(args).arg(layout).arg(strides).arg(drop);
         // SAFETY: (q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dk, dv, args, layout, grads, drop); the
         // tensors hold what `layout` and `strides` say from their first element on, lse and delta one
         // number a row.
         unsafe { launch(list, dkdv_sizes) }?;
 
-        let mut list = stream.launch_builder(&dq);
+        let mut list = dq.args();
         views.push(&mut list);
-        list.arg(&dout).arg(lse).arg(&delta).arg(&dq_view);
+        list.arg(&dout).arg(&lse).arg(&delta).arg(&dq_view);
         list.arg(args).arg(layout).arg(strides).arg(drop);
         // SAFETY: (q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dq, args, layout, grads, drop), as above.
         unsafe { launch(list, dq_sizes) }?;
-        let wrap = |output| CudaStorage::wrap_cuda_slice(output, device.clone());
-        Ok(outputs.into_iter().map(wrap).collect())
+        Ok(outputs.into_iter().map(|output| storage(output, device)).collect())
     })
 }

@@ -5,17 +5,17 @@ mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod pass;
+mod shape;
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Storage, Tensor, bail};
 
 pub use args::{AttentionArgs, AttentionLayout, AttentionPass, HeadStrides};
 pub use config::AttentionConfig;
 
 use crate::check::{check_alike, check_dtype};
-use crate::graph::{detached, node};
+use crate::graph::{Backward, detached, node, run_pass, zeros};
 use crate::mask::DropMask;
-use pass::{Attention, GradLayout, Saved, strides, transposed, with_rows};
+use shape::{Attention, GradLayout, Saved, strides, transposed, with_rows};
 
 const NAME: &str = "attention";
 
@@ -175,4 +175,39 @@ pub fn attention_qkv(
         let grads = attention.bwd([&again; 3], lse.as_ref(), &back, attention.packed_grads())?;
         Ok([grads.into_iter().next().map(|grad| detached(grad, again.shape()))])
     })
+}
+
+impl Attention {
+    /// `o`, and `lse` if there is anything to compute.
+    fn fwd(&self, qkv: [&Tensor; 3]) -> Result<(Storage, Option<Tensor>)> {
+        let [q, ..] = qkv;
+        if self.is_zero() {
+            return Ok((zeros(self.shape(), q.dtype(), q.device())?, None));
+        }
+        let [o, lse] = run_pass!(NAME, q, fwd(self, qkv))?;
+        Ok((o, Some(detached(lse, self.args.rows()))))
+    }
+
+    /// `dq`, `dk` and `dv`, or the one tensor that holds them.
+    fn bwd<const N: usize>(
+        &self,
+        qkv: [&Tensor; 3],
+        lse: Option<&Tensor>,
+        back: &Backward<'_, N>,
+        grads: GradLayout,
+    ) -> Result<Vec<Storage>> {
+        let [q, ..] = qkv;
+        let Some(lse) = lse else {
+            let of = |x: &Tensor| zeros(x.shape(), x.dtype(), x.device());
+            return qkv.into_iter().take(N).map(of).collect();
+        };
+        let dout = with_rows(back.dy)?;
+        let o = match self.rows_before_heads {
+            true => strides(&transposed(dout.stride())),
+            false => strides(dout.stride()),
+        };
+        let grads = GradLayout { strides: AttentionLayout { o, ..grads.strides }, ..grads };
+        let saved = Saved { o: back.y, lse, dout: &dout };
+        run_pass!(NAME, q, bwd(self, qkv, saved, &grads))
+    }
 }

@@ -1,13 +1,10 @@
-//! An attention of known shape and strides, and its two passes.
+//! An attention of known shape and strides: what its passes are given.
 
-use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 
 use super::args::{AttentionArgs, AttentionLayout, HeadStrides};
-#[cfg(feature = "cuda")]
-use super::cuda;
-use super::{AttentionConfig, NAME, cpu};
+use super::{AttentionConfig, NAME};
 use crate::check::check_device;
-use crate::graph::{Backward, detached, run_pass, zeros};
 use crate::mask::{DropMask, MaskArgs};
 
 /// A view whose elements along the last dimension are neighbours.
@@ -54,7 +51,7 @@ pub(super) struct Attention {
     pub(super) key_lengths: Option<Tensor>,
     pub(super) alibi_slopes: Option<Tensor>,
     /// The result is `[B, S, H, D]`, not `[B, H, S, D]`.
-    rows_before_heads: bool,
+    pub(super) rows_before_heads: bool,
 }
 
 impl Attention {
@@ -156,7 +153,7 @@ impl Attention {
     }
 
     /// Nothing to compute: no element, or nothing that passes.
-    fn is_zero(&self) -> bool {
+    pub(super) fn is_zero(&self) -> bool {
         self.shape().elem_count() == 0 || self.args.keys == 0 || self.drop.drops_all()
     }
 
@@ -180,39 +177,6 @@ impl Attention {
         let strides = AttentionLayout { q: strides, k: strides, v: strides, o: strides };
         let [_, k, v] = self.packed_starts(head_size as usize);
         GradLayout { strides, packed: Some([k, v]) }
-    }
-
-    /// `o`, and `lse` if there is anything to compute.
-    pub(super) fn fwd(&self, qkv: [&Tensor; 3]) -> Result<(Storage, Option<Tensor>)> {
-        let [q, ..] = qkv;
-        if self.is_zero() {
-            return Ok((zeros(self.shape(), q.dtype(), q.device())?, None));
-        }
-        let [o, lse] = run_pass!(NAME, q, fwd(self, qkv))?;
-        Ok((o, Some(detached(lse, self.args.rows()))))
-    }
-
-    /// `dq`, `dk` and `dv`, or the one tensor that holds them.
-    pub(super) fn bwd<const N: usize>(
-        &self,
-        qkv: [&Tensor; 3],
-        lse: Option<&Tensor>,
-        back: &Backward<'_, N>,
-        grads: GradLayout,
-    ) -> Result<Vec<Storage>> {
-        let [q, ..] = qkv;
-        let Some(lse) = lse else {
-            let of = |x: &Tensor| zeros(x.shape(), x.dtype(), x.device());
-            return qkv.into_iter().take(N).map(of).collect();
-        };
-        let dout = with_rows(back.dy)?;
-        let o = match self.rows_before_heads {
-            true => strides(&transposed(dout.stride())),
-            false => strides(dout.stride()),
-        };
-        let grads = GradLayout { strides: AttentionLayout { o, ..grads.strides }, ..grads };
-        let saved = Saved { o: back.y, lse, dout: &dout };
-        run_pass!(NAME, q, bwd(self, qkv, saved, &grads))
     }
 }
 
