@@ -170,10 +170,10 @@ pub(crate) fn attention_f32(
     }
 }
 
-/// Head sizes that `kernels/attention.cu` has instances for; others take the next one.
+/// Head sizes that `kernels/attention_half.cu` has instances for; others take the next one.
 pub(crate) const ATTENTION_HALF_HEAD_SIZES: [usize; 5] = [32, 64, 96, 128, 256];
 
-/// `kernels/attention.cu`, f16 and bf16; arguments as of [`attention_f32`]. Above 48 KiB of shared memory,
+/// `kernels/attention_half.cu`, f16 and bf16; arguments as of [`attention_f32`]. Above 48 KiB of shared memory,
 /// at most 97 KiB, a kernel has to be allowed it.
 pub(crate) fn attention_half(
     pass: AttentionPass,
@@ -310,7 +310,7 @@ mod tests {
                 assert!(threads <= 256 && threads.is_multiple_of(32), "{pass:?}, {head_size}");
             }
             let sources = [
-                include_str!("../../kernels/attention.cu"),
+                include_str!("../../kernels/attention_half.cu"),
                 include_str!("../../kernels/attention_f32.cu"),
             ];
             for source in sources {

@@ -12,6 +12,7 @@ mod attention;
 mod attention_args;
 mod attention_delta;
 mod attention_f32;
+mod attention_half;
 mod common;
 mod cross_entropy;
 #[path = "../../src/ops/cross_entropy/args.rs"]
