@@ -8,6 +8,8 @@
 #include "elem.cuh"
 #include "philox.cuh"
 
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+
 // No limit on the keys that are seen to one side.
 constexpr uint32_t UNBOUNDED = 0xffffffffu;
 
@@ -54,6 +56,11 @@ struct AttentionArgs {
         return end < 0 ? 0 : uint32_t(end);
     }
 
+    // Of a tensor [B, H, Sq], the row of the first query of a head.
+    __device__ __forceinline__ uint64_t first_row(uint32_t batch, uint32_t head) const {
+        return uint64_t(batch * heads + head) * queries;
+    }
+
     // Keys of a sample that are no padding; `key_lengths` may be null.
     __device__ __forceinline__ uint32_t length(const uint32_t* key_lengths, uint32_t batch) const {
         return key_lengths ? min(key_lengths[batch], keys) : keys;
@@ -76,7 +83,22 @@ struct HeadStrides {
 // True if every row begins at a 16-byte boundary.
 template <typename T>
 __device__ __forceinline__ bool rows_are_aligned(const T* tensor, const HeadStrides& strides) {
-    return (strides.batch | strides.head | strides.row) % (16 / sizeof(T)) == 0 && is_aligned(tensor);
+    return is_aligned(tensor) && (strides.batch | strides.head | strides.row) % (16 / sizeof(T)) == 0;
+}
+
+// The rows of one head of a tensor. Those outside of begin .. end count as zeros and are not read.
+template <typename T>
+struct HeadRows {
+    T* start;
+    int64_t stride;
+    int begin;
+    int end;
+};
+
+template <typename T>
+__device__ __forceinline__ HeadRows<T> head_rows(T* tensor, const HeadStrides& strides, uint32_t batch,
+                                                 uint32_t head, int begin, int end) {
+    return {tensor + batch * strides.batch + head * strides.head, int64_t(strides.row), begin, end};
 }
 
 // Of q, k, v, o, or of their gradients.
@@ -134,8 +156,8 @@ struct Logits {
     static constexpr double LOG2_E_F64 = 1.44269504088896341;
 };
 
-// The draws of the keys `key` .. `key` + 8, a multiple of 8; `mask_row` comes from drop.rows.map(row) with
-// row = (batch * heads + head) * queries + query.
+// The draws of the keys `key` .. `key` + 8, a multiple of 8; `mask_row` comes from drop.rows.map(row) of a row of
+// [B, H, Sq].
 __device__ __forceinline__ Draws draw_keys(const MaskArgs& drop, uint64_t mask_row, uint32_t key) {
     return draw_unaligned(drop, mask_row, key);  // one call wherever the window begins at a multiple of 8
 }

@@ -23,21 +23,21 @@ __device__ __forceinline__ void attention_bwd_delta_rows(const T* __restrict__ o
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < rows; first += uint64_t(gridDim.x) * blockDim.y) {
         const uint64_t row = min(first + threadIdx.y, rows - 1);
         // A 64-bit division is several times slower than a 32-bit one, and seldom needed.
-        const uint32_t head = uint32_t(row >> 32 ? row / args.queries : uint32_t(row) / args.queries);
-        const uint32_t query = uint32_t(row - uint64_t(head) * args.queries);
-        const uint32_t batch = head / args.heads, h = head % args.heads;
-        const T* const o_row = o + batch * o_strides.batch + h * o_strides.head + query * o_strides.row;
+        const uint32_t heads_before = uint32_t(row >> 32 ? row / args.queries : uint32_t(row) / args.queries);
+        const uint32_t query = uint32_t(row - uint64_t(heads_before) * args.queries);
+        const uint32_t batch = heads_before / args.heads, head = heads_before % args.heads;
+        const T* const o_row = o + batch * o_strides.batch + head * o_strides.head + query * o_strides.row;
         const T* const dout_row =
-            dout + batch * dout_strides.batch + h * dout_strides.head + query * dout_strides.row;
+            dout + batch * dout_strides.batch + head * dout_strides.head + query * dout_strides.row;
 
         float sum = 0.f;
         for_each_vector<1>(args.head_size, [&](int, uint64_t col) {
             const int count = count_at(col, args.head_size);
-            float x[WIDTH], dx[WIDTH];
-            load<VECTOR>(o_row + col, count, x);
-            load<VECTOR>(dout_row + col, count, dx);
+            float of_o[WIDTH], of_dout[WIDTH];
+            load<VECTOR>(o_row + col, count, of_o);
+            load<VECTOR>(dout_row + col, count, of_dout);
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) sum += x[j] * dx[j];
+            for (int j = 0; j < WIDTH; ++j) sum += of_o[j] * of_dout[j];
         });
         sum = team_reduce(sum, scratch, Sum());
         if (threadIdx.x == 0) delta[row] = sum;

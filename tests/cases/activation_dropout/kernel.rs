@@ -166,3 +166,7 @@ fn slopes_are_flat<T: Element>() {
 fn gradients_of_large_inputs_are_those_of_the_flat_ends() {
     for_each_dtype!(slopes_are_flat());
 }
+
+// mutant: drops by product|s/keeps\(mask, draws\[j\]\) \? a \* mask\.scale : 0\.f/a * (keeps(mask, draws[j]) ? mask.scale : 0.f)/
+// mutant: slope of what drops|s/da == 0\.f \? 0\.f : da \* slope/da * slope/
+// mutant: dy drops by product|s/keeps\(mask, draws\[j\]\) \? da\[j\] \* mask\.scale : 0\.f/da[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f)/

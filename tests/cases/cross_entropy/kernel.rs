@@ -260,3 +260,16 @@ fn a_target_that_is_no_class_gives_nan_in_its_row_alone() {
         }
     }
 }
+
+// mutant: first maximum stays|s/if \(grown > max\) \{/if (grown > max \&\& max == -INFINITY) {/
+// mutant: sum not rescaled|s/exponentials \*= exponential<T>\(max - grown\);.*/exponentials *= 1.f;/
+// mutant: threads not rescaled|s/exponential<T>\(thread_max - sums\.shift\(\)\);.*/1.f;/
+// mutant: ignored rows count|s/args\.ignored\(targets\[r\]\) \? 0\. : 1\./1./
+// mutant: smoothing lost|s/if \(args\.uniform != 0\. && of_target != -INFINITY\)/if (false)/
+// mutant: smoothing of logits as they are|s/above_target \+= x\[j\] - of_target/above_target += x[j]/
+// mutant: masked target not told apart|s/ && of_target != -INFINITY\) loss/) loss/
+// mutant: target read unchecked|s/const bool is_class = args\.is_class\(target\);/const bool is_class = true;/
+// mutant: head of a row lost|s/body\(i < head \? i : i \+ middle\)/body(i + middle)/
+// mutant: rows all aligned|s/head = min\(uint64_t\(-reinterpret.*/head = 0;/
+// mutant: target of the vector|s/target - int64_t\(parts\.head \+ col\)/target - int64_t(col)/
+// mutant: other alignment of the gradient|s/\) % 16 == 0;/) % 16 >= 0;/

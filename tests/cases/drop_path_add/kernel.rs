@@ -79,3 +79,6 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .by_value(mask)
     });
 }
+
+// mutant: window row lost|s/mask\.rows\.map\(0\)/0/
+// mutant: adds what is dropped|s/\} else if \(keep\) \{/} else {/

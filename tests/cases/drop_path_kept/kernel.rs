@@ -108,3 +108,7 @@ fn kept_samples_are_added_to_the_residual_at_their_places() {
 fn samples_are_gathered_from_their_places() {
     for_each_dtype!(gather_equals_a_selection());
 }
+
+// mutant: adds what is dropped|s/\} else if \(keep\) \{/} else {/
+// mutant: place unused|s/keep \? place \* size : 0/keep ? sample * size : 0/
+// mutant: scale lost|s/__fmul_rn\(v\[j\], scale\)/v[j]/

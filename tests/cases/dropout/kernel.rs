@@ -86,3 +86,14 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .by_value(mask)
     });
 }
+
+// mutant of kernels/rows.cuh: first digit alone|s/mapped \+= row % size\[group\] \* stride\[group\];/return mapped + row * stride[group];/
+// mutant of kernels/rows.cuh: last digit lost|s/return mapped \+ row \* stride\[3\];/return mapped;/
+// mutant of kernels/rows.cuh: base lost|s/mapped = base;/mapped = 0;/
+// mutant of kernels/philox.cuh: row of 32 bits|s/c1 = uint32_t\(row >> 32\)/c1 = 0/
+// mutant of kernels/philox.cuh: column of 32 bits|s/uint32_t\(\(mask\.col_0 \+ col\) \/ 8\)/uint32_t(mask.col_0 + col) \/ 8/
+// mutant of kernels/philox.cuh: window column lost|s/int\(\(mask\.col_0 \+ col\) % 8\)/int(col % 8)/
+// mutant of kernels/philox.cuh: threshold kept|s/return draw < mask/return draw <= mask/
+// mutant of kernels/philox.cuh: six rounds|s/round < 7/round < 6/
+// mutant: drops by product|s/keeps\(mask, draws\[j\]\) \? __fmul_rn\(v\[j\], mask\.scale\) : 0\.f/__fmul_rn(v[j], keeps(mask, draws[j]) ? mask.scale : 0.f)/
+// mutant: aligned draws|s/VECTOR \? draw\(mask/true ? draw(mask/

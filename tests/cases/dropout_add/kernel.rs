@@ -146,3 +146,7 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .by_value(mask)
     });
 }
+
+// mutant: drops by product|s/r\[j\] = keeps\(mask, draws\[j\]\) \? kept : r\[j\];/r[j] = __fadd_rn(r[j], __fmul_rn(branch, keeps(mask, draws[j]) ? mask.scale : 0.f));/
+// mutant: sums drop by product|s/keeps\(mask, draws\[j\]\) \? g\[j\] \* mask\.scale : 0\.f/g[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f)/
+// mutant: sums, aligned draws|/g\[WIDTH\];/,/float v/s/VECTOR \? draw\(mask/true ? draw(mask/

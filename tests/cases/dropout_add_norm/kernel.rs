@@ -118,3 +118,6 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .by_value(mask)
     });
 }
+
+// mutant: drops by product|s/rounded<T>\(keeps\(mask, draws\[j\]\) \? kept : s\[j\]\)/rounded<T>(s[j] + v[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f))/
+// mutant: statistics unrounded|s/v\[j\] = rounded<T>\(/v[j] = (/

@@ -195,3 +195,13 @@ fn backward<T: Element>() {
 fn backward_gives_the_gradients_of_the_formula() {
     for_each_dtype!(backward());
 }
+
+// mutant: no second team of a row|s/for \(int team = 1; team < TEAMS/for (int team = TEAMS; team < TEAMS/
+// mutant: mean of g lost|s/g\[j\] - mean_g - h/g[j] - h/
+// mutant: mean of g for RMSNorm|s/removes_mean \? team_reduce\(thread_g/true ? team_reduce(thread_g/
+// mutant: dweight of dy alone|s/\+= d\[j\] \* h\[j\]/+= d[j]/
+// mutant: teams without a row count|s/^( +)if \(is_mine\) \{/\1{/
+// mutant of kernels/norm.cuh: eps lost|s/float\(cols\) \+ eps/float(cols)/
+// mutant of kernels/norm.cuh: mean always removed|s/if \(removes_mean\)/if (true)/
+// mutant of kernels/norm.cuh: zeros count|s/const float centered = j < count \? v\[i\]\[j\] - mean : 0\.f;.*/const float centered = v[i][j] - mean;/
+// mutant of kernels/norm.cuh: bias lost|s/if \(bias\) load<VECTOR>/if (false) load<VECTOR>/

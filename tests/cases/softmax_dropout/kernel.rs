@@ -298,3 +298,9 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .by_value(mask)
     });
 }
+
+// mutant: queries of all heads|s/row % queries/row/
+// mutant: gradient scale|s/float\(args\.grad_scale\)/float(args.scale)/
+// mutant: drops by product|s/keeps\(drop, draws\[j\]\) \? e\[j\] \* scale : 0\.f/e[j] * (keeps(drop, draws[j]) ? scale : 0.f)/
+// mutant: dP drops by product|s/keeps\(drop, draws\[j\]\) \? dp\[i\]\[j\] \* drop\.scale : 0\.f/dp[i][j] * (keeps(drop, draws[j]) ? drop.scale : 0.f)/
+// mutant: masked keys pass on|s/e\[j\] == 0\.f \? 0\.f : e\[j\] \* dp/e[j] * dp/

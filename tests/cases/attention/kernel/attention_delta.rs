@@ -88,3 +88,6 @@ fn sums_rows<T: Element>() {
 fn row_sums_equal_the_formula() {
     for_each_dtype!(sums_rows());
 }
+
+// mutant: heads of all samples|s/head = heads_before % args\.heads/head = heads_before/
+// mutant: past the last row|s/min\(first \+ threadIdx\.y, rows - 1\)/first + threadIdx.y/

@@ -56,3 +56,22 @@ fn errors_are_no_larger_than_those_of_the_naive_formula() {
     ];
     err_no_more_than_the_naive_formula::<f32>(&KERNELS, &forms);
 }
+
+// mutant: keys not transposed|s/key % 8 \* 8 \+ key \/ 8/key/
+// mutant: rows before the first|s/first \+ r >= rows\.begin && //
+// mutant: mask of one head|s/map\(first_row \+ row\)/map(row)/
+// mutant: hidden keys seen|s/query\.sees\(key \+ j\) \? logit : -INFINITY/logit/
+// mutant: nothing visible yet|s/new_max == -INFINITY \? 0\.f : new_max/new_max/
+// mutant: sum keeps its maximum|s/shrink = exp2f\(max\[r\] - base\)/shrink = 1.f/
+// mutant: nothing dropped|s/= !DROPS \|\| keeps\(drop, draws\[j\]\) \? e : 0\.f/= e/
+// mutant: denominator drops|s/sums\[r\] \+= e;/sums[r] += !DROPS || keeps(drop, draws[j]) ? e : 0.f;/
+// mutant: rows that see nothing|s/sum == 0\.f \? 0\.f : o_sums/o_sums/
+// mutant: lse of such rows|s/sum == 0\.f \? INFINITY : \(max/(max/
+// mutant: y of hidden keys|s/query\.sees\(key \+ j\) && keep \? p/keep ? p/
+// mutant: ds of hidden keys|s/query\.sees\(key \+ j\) \? p \* /true ? p * /
+// mutant: dP not dropped|s/keep \? \(DROPS \? drop\.scale \* dp\[j\] : dp\[j\]\) : 0\.f/drop.scale * dp[j]/
+// mutant: delta lost|s/p \* \(kept_dp - delta\)/p * kept_dp/
+// mutant: dq, lse past its end|s/min\(row, last_query\)/row/
+// mutant: dk, lse past its end|s/min\(row, args\.queries - 1\)/row/
+// mutant: first head of a group|s/head < \(kv_head \+ 1\) \* group/head < kv_head * group + 1/
+// mutant: dv without its scale|s/dv_factor = DROPS \? drop\.scale : 1\.f/dv_factor = 1.f/

@@ -64,3 +64,17 @@ fn errors_are_no_larger_than_those_of_the_naive_formula() {
     ];
     for_each_half!(err_no_more_than_the_naive_formula(&forms));
 }
+
+// mutant of kernels/attention_scores.cuh: threshold kept|s/draws << 16 : draws\) < /draws << 16 : draws) <= /
+// mutant of kernels/attention_scores.cuh: halves borrow|s/\(draws \| HIGHEST\) - /draws - /
+// mutant of kernels/attention_scores.cuh: highest bits ignored|s/\(~draws & threshold\) \| //
+// mutant of kernels/attention_scores.cuh: shift lost|s/uint32_t\(key \+ shift\)/uint32_t(key)/
+// mutant of kernels/attention_scores.cuh: mask row of head lost|s/first_mask_row \+ query/query/
+// mutant of kernels/attention_scores.cuh: rows that see nothing|s/if \(statistics\.lse != INFINITY\) //
+// mutant of kernels/attention_scores.cuh: drops by product|s/\(keep \? kept_dp : -statistics\.delta\)/((keep ? 1.f : 0.f) * kept_dp - statistics.delta)/
+// mutant of kernels/attention_scores.cuh: negative scale is plain|s/ && factor > 0\.f//
+// mutant: sums not scaled down|s/sums\[m\]\[h\] \*= shrink;//
+// mutant: no stand-in for -inf|s/reference\[m\]\[h\] == -INFINITY \? 0\.f : reference/reference/
+// mutant: heads of keys|s/head \/ \(args\.heads \/ args\.kv_heads\)/head % args.kv_heads/
+// mutant: queries that see nothing|s/const int seeing_begin = args\.seeing_begin\(0\)/const int seeing_begin = 0/
+// mutant: keys that none sees|s/const int seen_begin = args\.visible_begin\(0\)/const int seen_begin = 0/

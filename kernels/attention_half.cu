@@ -1,5 +1,6 @@
-// attention, f16 and bf16 on tensor cores: softmax(q k^T) v with dropout, never in memory as a whole. Twin of
-// src/ops/attention/cpu.rs. After Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
+// attention of halves, f16 and bf16, on tensor cores (sm_80 and later): softmax(q k^T) v with dropout, never in
+// memory as a whole. Twin of src/ops/attention/cpu.rs. After Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
+// One text, since the three kernels are read beside each other: they differ in what stays and what is walked over.
 //
 //     s = scale * q·k      s = softcap * tanh(s / softcap)      t = s - slope * |i + Sk - Sq - j|
 //     P = softmax(t) over the visible keys        y = keep ? P * drop.scale : 0
@@ -22,7 +23,7 @@
 // barrier: attention_tiles.cuh says how draws meet their scores. p = 0 has kernels of its own, without draws.
 // 16-byte copies where D, all strides and all tensors are multiples of 16 bytes; else tiles are filled element by
 // element, and everything else stays as it is.
-#include "attention_tiles.cuh"
+#include "attention_scores.cuh"
 
 namespace {
 
@@ -37,18 +38,19 @@ struct ForwardShape {
     static constexpr int M = D <= 128 ? 2 : 1;
     static constexpr int QUERIES = 16 * M * WARPS;
     static constexpr int KEYS = D <= 64 ? 64 : 32;
-    static constexpr bool KEPT = D <= 32;
+    static constexpr bool RESIDENT = D <= 32;
 };
 
 // Logits grow this much, in base 2, before sums are scaled down to the new maximum. Until then exponentials
 // may reach 2^8, far from the largest half.
 constexpr float MARGIN = 8.f;
 
-template <int D, bool DROP, typename T>
+template <int D, bool DROPS, typename T>
 __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
                                               const float* alibi_slopes, T* o, float* lse,
                                               const AttentionArgs& args, const AttentionLayout& layout,
-                                              const MaskArgs& drop, Bits* shared) {
+                                              const MaskArgs& drop) {
+    extern __shared__ __align__(128) Bits shared[];
     using Shape = ForwardShape<D>;
     constexpr int M = Shape::M, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, N = KEYS / 8;
     const int warp_row = threadIdx.x / 32 * (16 * M), g = lane_id() / 4, t = lane_id() % 4;
@@ -66,17 +68,17 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
     const int all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
 
     const int head_size = args.head_size;
-    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
-                           has_vectors(v, layout.v) && has_vectors(o, layout.o);
-    const HeadRows q_rows = head_rows(q, layout.q, batch, head, 0, args.queries);
-    const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
-    const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, begin, end);
+    const bool is_vector = head_size % WIDTH == 0 && rows_are_aligned(q, layout.q) && rows_are_aligned(k, layout.k) &&
+                           rows_are_aligned(v, layout.v) && rows_are_aligned(o, layout.o);
+    const HeadRows<const T> q_rows = head_rows(q, layout.q, batch, head, 0, args.queries);
+    const HeadRows<const T> k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
+    const HeadRows<const T> v_rows = head_rows(v, layout.v, batch, kv_head, begin, end);
     Bits* const q_tile = shared;
     // Two stages, each of keys and values.
     const auto k_tile = [&](int stage) { return shared + (QUERIES + stage * 2 * KEYS) * D; };
     const auto v_tile = [&](int stage) { return shared + (QUERIES + stage * 2 * KEYS + KEYS) * D; };
 
-    const int shift = DROP ? HeadMask::shift_of(drop) : 0;
+    const int shift = DROPS ? HeadMask::shift_of(drop) : 0;
     const int first_key = (begin + shift) / 32 * 32 - shift;
     int key = first_key;
     if (key < end) {
@@ -88,7 +90,7 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
 
     const Scores scores(args, alibi_slopes);
     const HeadMask mask(drop, args, batch, head);
-    Fragments<D, M, Shape::KEPT> queries(q_tile, lane_id(), warp_row);
+    Fragments<D, M, Shape::RESIDENT> queries(q_tile, lane_id(), warp_row);
     float o_sums[M][D / 8][4] = {};
     float sums[M][2] = {};  // the lane's part
     // What exponentials are relative to: the largest logit so far, or one at most MARGIN below it.
@@ -155,14 +157,14 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
 #pragma unroll
                 for (int n = 0; n < N; n += 4) {
                     Draws draws;
-                    if (DROP) draws = mask.draw_keys(opaque(query + 16 * m + 8 * h), key + key_of(n));
+                    if (DROPS) draws = mask.draw_keys(opaque(query + 16 * m + 8 * h), key + key_of(n));
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float low = exp2_approx(fmaf(s[m][n + i][2 * h], scores.factor, -base));
                         const float high = exp2_approx(fmaf(s[m][n + i][2 * h + 1], scores.factor, -base));
                         sums[m][h] += low + high;
                         p[m][n + i][h] = pack(low, high, T());
-                        if (DROP) p[m][n + i][h] &= mask.keep_bits(draws.word[i]);
+                        if (DROPS) p[m][n + i][h] &= mask.keep_bits(draws.word[i]);
                     }
                 }
             }
@@ -178,10 +180,10 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
             float sum = sums[m][h];
             sum += __shfl_xor_sync(ALL_LANES, sum, 1);
             sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-            factor[m][h] = sum == 0.f ? 0.f : (DROP ? drop.scale : 1.f) / sum;
+            factor[m][h] = sum == 0.f ? 0.f : (DROPS ? drop.scale : 1.f) / sum;
             const uint32_t row = query + 16 * m + 8 * h;
             if (t == 0 && row < args.queries) {  // tail
-                lse[(uint64_t(batch) * args.heads + head) * args.queries + row] =
+                lse[args.first_row(batch, head) + row] =
                     sum == 0.f ? INFINITY : reference[m][h] * LN_2 + logf(sum);
             }
         }
@@ -189,7 +191,7 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
     // Through the rows of q, which only this warp has read.
     put_rows<D, T>(q_tile, warp_row, 0, o_sums, factor);
     __syncwarp();
-    const HeadRows o_rows = head_rows(o, layout.o, batch, head, 0, args.queries);
+    const HeadRows<T> o_rows = head_rows(o, layout.o, batch, head, 0, args.queries);
     store_rows<D, 16 * M, 32>(q_tile, warp_row, o_rows, first_query + warp_row, head_size, is_vector);
 }
 
@@ -204,12 +206,13 @@ struct QueryGradientShape {
     static constexpr int STAGES = D <= 128 ? 2 : 1;
 };
 
-template <int D, bool DROP, typename T>
+template <int D, bool DROPS, typename T>
 __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
                                                  const float* alibi_slopes, const T* dout, const float* lse,
                                                  const float* delta, T* dq, const AttentionArgs& args,
                                                  const AttentionLayout& layout, const AttentionLayout& grads,
-                                                 const MaskArgs& drop, Bits* shared) {
+                                                 const MaskArgs& drop) {
+    extern __shared__ __align__(128) Bits shared[];
     using Shape = QueryGradientShape<D>;
     constexpr int M = Shape::M, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, N = KEYS / 8;
     static_assert(KEYS == 32, "a lane draws once a row");
@@ -227,21 +230,22 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
     const int all_begin = args.visible_begin(last_query), all_end = args.visible_end(first_query, length);
 
     const int head_size = args.head_size;
-    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
-                           has_vectors(v, layout.v) && has_vectors(dout, grads.o) && has_vectors(dq, grads.q);
+    const bool is_vector = head_size % WIDTH == 0 && rows_are_aligned(q, layout.q) && rows_are_aligned(k, layout.k) &&
+                           rows_are_aligned(v, layout.v) && rows_are_aligned(dout, grads.o) &&
+                            rows_are_aligned(dq, grads.q);
     // Queries that see nothing count as zeros.
     const int seeing_begin = args.seeing_begin(0), seeing_end = length == 0 ? 0 : args.seeing_end(length - 1);
-    const HeadRows q_rows = head_rows(q, layout.q, batch, head, seeing_begin, seeing_end);
-    const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, seeing_begin, seeing_end);
-    const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
-    const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, begin, end);
+    const HeadRows<const T> q_rows = head_rows(q, layout.q, batch, head, seeing_begin, seeing_end);
+    const HeadRows<const T> dout_rows = head_rows(dout, grads.o, batch, head, seeing_begin, seeing_end);
+    const HeadRows<const T> k_rows = head_rows(k, layout.k, batch, kv_head, begin, end);
+    const HeadRows<const T> v_rows = head_rows(v, layout.v, batch, kv_head, begin, end);
     Bits* const q_tile = shared;
     Bits* const dout_tile = shared + QUERIES * D;
     const auto k_tile = [&](int stage) { return shared + (2 * QUERIES + stage * 2 * KEYS) * D; };
     const auto v_tile = [&](int stage) { return shared + (2 * QUERIES + stage * 2 * KEYS + KEYS) * D; };
     RowStatistics* const rows = reinterpret_cast<RowStatistics*>(k_tile(Shape::STAGES));
 
-    const int shift = DROP ? HeadMask::shift_of(drop) : 0;
+    const int shift = DROPS ? HeadMask::shift_of(drop) : 0;
     const int first_key = (begin + shift) / 32 * 32 - shift;
     int key = first_key;
     if (key < end) {
@@ -257,7 +261,7 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
     Fragments<D, M, false> queries(q_tile, opaque(lane_id()), warp_row), douts(dout_tile, opaque(lane_id()), warp_row);
     if (threadIdx.x < QUERIES) {
         const uint32_t row = first_query + threadIdx.x;
-        const uint64_t first_row = (uint64_t(batch) * args.heads + head) * args.queries;
+        const uint64_t first_row = args.first_row(batch, head);
         rows[threadIdx.x] = row_statistics(lse, delta, first_row + row, row < args.queries);
     }
     float dq_sums[M][D / 8][4] = {};
@@ -284,10 +288,10 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
             const RowStatistics* statistics = rows + warp_row + 16 * m + g;
             const uint32_t row = query + 16 * m;
             if (!scores.is_capped()) {
-                differentiate<DROP, false, T>(s[m], dp[m], scores.factor, Logits(args, nullptr, 0), mask, args,
+                differentiate<DROPS, false, T>(s[m], dp[m], scores.factor, Logits(args, nullptr, 0), mask, args,
                                               statistics, row, key, 0, kept, ds[m]);
             } else {
-                differentiate<DROP, true, T>(s[m], dp[m], scores.factor, scores.logits(head), mask, args, statistics,
+                differentiate<DROPS, true, T>(s[m], dp[m], scores.factor, scores.logits(head), mask, args, statistics,
                                              row, key, 0, kept, ds[m]);
             }
         }
@@ -309,7 +313,7 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
     // Through the rows of q, which only this warp has read.
     put_rows<D, T>(q_tile, warp_row, 0, dq_sums, factor);
     __syncwarp();
-    const HeadRows dq_rows = head_rows(dq, grads.q, batch, head, 0, args.queries);
+    const HeadRows<T> dq_rows = head_rows(dq, grads.q, batch, head, 0, args.queries);
     store_rows<D, 16 * M, 32>(q_tile, warp_row, dq_rows, first_query + warp_row, head_size, is_vector);
 }
 
@@ -325,12 +329,13 @@ struct KeyGradientShape {
     static constexpr int PART = D == 128 ? 1 : QUERIES / 32;
 };
 
-template <int D, bool DROP, typename T>
+template <int D, bool DROPS, typename T>
 __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
                                                    const float* alibi_slopes, const T* dout, const float* lse,
                                                    const float* delta, T* dk, T* dv, const AttentionArgs& args,
                                                    const AttentionLayout& layout, const AttentionLayout& grads,
-                                                   const MaskArgs& drop, Bits* shared) {
+                                                   const MaskArgs& drop) {
+    extern __shared__ __align__(128) Bits shared[];
     using Shape = KeyGradientShape<D>;
     constexpr int KEYS = Shape::KEYS, QUERIES = Shape::QUERIES, COLS = Shape::COLS;
     constexpr int M = QUERIES / 32, N = KEYS / 16, PART = Shape::PART;
@@ -341,7 +346,7 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
 
     // One tile more where the mask might begin within a Philox call, so that its size depends on the shape alone.
     const uint32_t tiles = (args.keys + WIDTH - 1 + KEYS - 1) / KEYS;
-    const int first_key = int(blockIdx.x % tiles * KEYS) - (DROP ? HeadMask::shift_of(drop) : 0);
+    const int first_key = int(blockIdx.x % tiles * KEYS) - (DROPS ? HeadMask::shift_of(drop) : 0);
     const uint32_t kv_head = blockIdx.x / tiles % args.kv_heads, batch = blockIdx.x / tiles / args.kv_heads;
     const uint32_t group = args.heads / args.kv_heads;
 
@@ -352,9 +357,9 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     const uint32_t end = last_key < max(first_key, 0) ? 0 : args.seeing_end(last_key);
 
     const int head_size = args.head_size;
-    const bool is_vector = head_size % WIDTH == 0 && has_vectors(q, layout.q) && has_vectors(k, layout.k) &&
-                           has_vectors(v, layout.v) && has_vectors(dout, grads.o) && has_vectors(dk, grads.k) &&
-                           has_vectors(dv, grads.v);
+    const bool is_vector = head_size % WIDTH == 0 && rows_are_aligned(q, layout.q) && rows_are_aligned(k, layout.k) &&
+                           rows_are_aligned(v, layout.v) && rows_are_aligned(dout, grads.o) &&
+                            rows_are_aligned(dk, grads.k) && rows_are_aligned(dv, grads.v);
     Bits* const k_tile = shared;
     Bits* const v_tile = k_tile + KEYS * D;
     Bits* const dout_tile = v_tile + KEYS * D;
@@ -368,9 +373,9 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     if (head < end_head) {
         // Keys that no query sees count as zeros.
         const int seen_begin = args.visible_begin(0), seen_end = args.visible_end(args.queries - 1, length);
-        const HeadRows k_rows = head_rows(k, layout.k, batch, kv_head, seen_begin, seen_end);
-        const HeadRows v_rows = head_rows(v, layout.v, batch, kv_head, seen_begin, seen_end);
-        const HeadRows q_rows = head_rows(q, layout.q, batch, head, begin, end);
+        const HeadRows<const T> k_rows = head_rows(k, layout.k, batch, kv_head, seen_begin, seen_end);
+        const HeadRows<const T> v_rows = head_rows(v, layout.v, batch, kv_head, seen_begin, seen_end);
+        const HeadRows<const T> q_rows = head_rows(q, layout.q, batch, head, begin, end);
         load_rows<D, KEYS, THREADS>(k_tile, k_rows, first_key, head_size, is_vector);
         load_rows<D, KEYS, THREADS>(v_tile, v_rows, first_key, head_size, is_vector);
         load_rows<D, QUERIES, THREADS>(q_tiles, q_rows, first_query, head_size, is_vector);
@@ -391,13 +396,13 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
         Bits* const q_tile = q_tiles + stage * (QUERIES * D);
         cp_async_wait<0>();
         __syncthreads();
-        const HeadRows dout_rows = head_rows(dout, grads.o, batch, head, begin, end);
+        const HeadRows<const T> dout_rows = head_rows(dout, grads.o, batch, head, begin, end);
         load_rows<D, QUERIES, THREADS>(dout_tile, dout_rows, first_query, head_size, is_vector);
         cp_async_commit();
         uint32_t next_head = head, next_query = opaque(first_query);
         advance(next_head, next_query);
         if (next_head < end_head) {
-            const HeadRows q_rows = head_rows(q, layout.q, batch, next_head, begin, end);
+            const HeadRows<const T> q_rows = head_rows(q, layout.q, batch, next_head, begin, end);
             load_rows<D, QUERIES, THREADS>(q_tiles + (stage ^ 1) * (QUERIES * D), q_rows, next_query, head_size,
                                            is_vector);
         }
@@ -408,7 +413,7 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
         RowStatistics statistics;
         if (threadIdx.x < QUERIES) {
             const uint32_t row = first_query + threadIdx.x;
-            const uint64_t first_row = (uint64_t(batch) * args.heads + head) * args.queries;
+            const uint64_t first_row = args.first_row(batch, head);
             statistics = row_statistics(lse, delta, first_row + row, row < end);
         }
 
@@ -437,10 +442,10 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
                 const RowStatistics* statistics = rows + warp_row + 16 * m + g;
                 const uint32_t row = query + 16 * m;
                 if (!scores.is_capped()) {
-                    differentiate<DROP, false, T>(s[m], dp[m - part], scores.factor, Logits(args, nullptr, 0), mask,
+                    differentiate<DROPS, false, T>(s[m], dp[m - part], scores.factor, Logits(args, nullptr, 0), mask,
                                                   args, statistics, row, key, first, kept, ds);
                 } else {
-                    differentiate<DROP, true, T>(s[m], dp[m - part], scores.factor, scores.logits(head), mask, args,
+                    differentiate<DROPS, true, T>(s[m], dp[m - part], scores.factor, scores.logits(head), mask, args,
                                                  statistics, row, key, first, kept, ds);
                 }
                 // The lane's keys follow one another: 8 of them, or 4.
@@ -464,64 +469,61 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     }
 
     // Through the tiles of keys and values, which nobody reads any more.
-    const float scale = float(args.scale), drop_scale = (DROP ? drop.scale : 1.f) / RAISED;
+    const float scale = float(args.scale), drop_scale = (DROPS ? drop.scale : 1.f) / RAISED;
     const float dk_factor[2][2] = {{scale, scale}, {scale, scale}};
     const float dv_factor[2][2] = {{drop_scale, drop_scale}, {drop_scale, drop_scale}};
     const int2 part = part_of_gradients(warp);
     put_rows<D, T>(k_tile, part.x, part.y, dk_sums, dk_factor);
     put_rows<D, T>(v_tile, part.x, part.y, dv_sums, dv_factor);
     __syncthreads();
-    const HeadRows dk_rows = head_rows(dk, grads.k, batch, kv_head, 0, args.keys);
-    const HeadRows dv_rows = head_rows(dv, grads.v, batch, kv_head, 0, args.keys);
+    const HeadRows<T> dk_rows = head_rows(dk, grads.k, batch, kv_head, 0, args.keys);
+    const HeadRows<T> dv_rows = head_rows(dv, grads.v, batch, kv_head, 0, args.keys);
     store_rows<D, KEYS, THREADS>(k_tile, 0, dk_rows, first_key, head_size, is_vector);
     store_rows<D, KEYS, THREADS>(v_tile, 0, dv_rows, first_key, head_size, is_vector);
 }
 
 }  // namespace
 
-#define ATTENTION_FWD(NAME, D, DROP, SUFFIX, T)                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME##_d##D##_##SUFFIX(                         \
-        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                           \
-        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes, T* __restrict__ o, \
-        float* __restrict__ lse, AttentionArgs args, AttentionLayout layout, MaskArgs drop) {                \
-        extern __shared__ __align__(128) Bits shared[];                                                      \
-        attention_fwd<D, DROP>(q, k, v, key_lengths, alibi_slopes, o, lse, args, layout, drop, shared);      \
+#define ATTENTION_FWD(NAME, D, DROPS, SUFFIX, T)                                                              \
+    KERNEL(THREADS, 2) NAME##_d##D##_##SUFFIX(                                                                \
+        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                            \
+        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes, T* __restrict__ o,  \
+        float* __restrict__ lse, AttentionArgs args, AttentionLayout layout, MaskArgs drop) {                 \
+        attention_fwd<D, DROPS>(q, k, v, key_lengths, alibi_slopes, o, lse, args, layout, drop);              \
     }
 
-#define ATTENTION_BWD_DQ(NAME, D, DROP, SUFFIX, T)                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME##_d##D##_##SUFFIX(                         \
-        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                           \
-        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                    \
-        const T* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,          \
+#define ATTENTION_BWD_DQ(NAME, D, DROPS, SUFFIX, T)                                                           \
+    KERNEL(THREADS, 2) NAME##_d##D##_##SUFFIX(                                                                \
+        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                            \
+        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                     \
+        const T* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,           \
         T* __restrict__ dq, AttentionArgs args, AttentionLayout layout, AttentionLayout grads, MaskArgs drop) { \
-        extern __shared__ __align__(128) Bits shared[];                                                      \
-        attention_bwd_dq<D, DROP>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dq, args, layout,    \
-                                  grads, drop, shared);                                                      \
+        attention_bwd_dq<D, DROPS>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dq, args, layout, grads, \
+                                   drop);                                                                     \
     }
 
-#define ATTENTION_BWD_DKDV(NAME, D, DROP, SUFFIX, T)                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME##_d##D##_##SUFFIX(                         \
-        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                           \
-        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                    \
-        const T* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,          \
-        T* __restrict__ dk, T* __restrict__ dv, AttentionArgs args, AttentionLayout layout,                  \
-        AttentionLayout grads, MaskArgs drop) {                                                              \
-        extern __shared__ __align__(128) Bits shared[];                                                      \
-        attention_bwd_dkdv<D, DROP>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dk, dv, args,      \
-                                    layout, grads, drop, shared);                                            \
+#define ATTENTION_BWD_DKDV(NAME, D, DROPS, SUFFIX, T)                                                         \
+    KERNEL(THREADS, 2) NAME##_d##D##_##SUFFIX(                                                                \
+        const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                            \
+        const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                     \
+        const T* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,           \
+        T* __restrict__ dk, T* __restrict__ dv, AttentionArgs args, AttentionLayout layout,                   \
+        AttentionLayout grads, MaskArgs drop) {                                                               \
+        attention_bwd_dkdv<D, DROPS>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dk, dv, args, layout, \
+                                     grads, drop);                                                            \
     }
 
-#define FOR_EACH_HALF(KERNEL, NAME, D)                    \
-    KERNEL(NAME, D, true, f16, __half)                    \
-    KERNEL(NAME, D, true, bf16, __nv_bfloat16)            \
-    KERNEL(NAME##_nodrop, D, false, f16, __half)          \
-    KERNEL(NAME##_nodrop, D, false, bf16, __nv_bfloat16)
-#define FOR_EACH_HEAD_SIZE(KERNEL, NAME) \
-    FOR_EACH_HALF(KERNEL, NAME, 32)      \
-    FOR_EACH_HALF(KERNEL, NAME, 64)      \
-    FOR_EACH_HALF(KERNEL, NAME, 96)      \
-    FOR_EACH_HALF(KERNEL, NAME, 128)     \
-    FOR_EACH_HALF(KERNEL, NAME, 256)
+#define FOR_EACH_HALF(ATTENTION, NAME, D)                    \
+    ATTENTION(NAME, D, true, f16, __half)                    \
+    ATTENTION(NAME, D, true, bf16, __nv_bfloat16)            \
+    ATTENTION(NAME##_nodrop, D, false, f16, __half)          \
+    ATTENTION(NAME##_nodrop, D, false, bf16, __nv_bfloat16)
+#define FOR_EACH_HEAD_SIZE(ATTENTION, NAME) \
+    FOR_EACH_HALF(ATTENTION, NAME, 32)      \
+    FOR_EACH_HALF(ATTENTION, NAME, 64)      \
+    FOR_EACH_HALF(ATTENTION, NAME, 96)      \
+    FOR_EACH_HALF(ATTENTION, NAME, 128)     \
+    FOR_EACH_HALF(ATTENTION, NAME, 256)
 FOR_EACH_HEAD_SIZE(ATTENTION_FWD, attention_fwd)
 FOR_EACH_HEAD_SIZE(ATTENTION_BWD_DQ, attention_bwd_dq)
 FOR_EACH_HEAD_SIZE(ATTENTION_BWD_DKDV, attention_bwd_dkdv)
