@@ -1,5 +1,5 @@
 // What every attention kernel is given: which keys a query sees, what becomes of a score, what is dropped.
-// Twin of src/ops/attention/config.rs.
+// Twin of src/ops/attention/args.rs.
 //
 // Kernels compute in base 2, where an exponential is one instruction: a logit is t * log2(e), and
 // P = 2^(logit - lse * log2(e)). The lse that forward leaves for backward is a natural logarithm.
@@ -71,7 +71,7 @@ static_assert(sizeof(AttentionArgs) == 48 && offsetof(AttentionArgs, softcap) ==
                   offsetof(AttentionArgs, kv_heads) == 24 && offsetof(AttentionArgs, queries) == 28 &&
                   offsetof(AttentionArgs, keys) == 32 && offsetof(AttentionArgs, head_size) == 36 &&
                   offsetof(AttentionArgs, left) == 40 && offsetof(AttentionArgs, right) == 44,
-              "as src/ops/attention/config.rs lays it out");
+              "as src/ops/attention/args.rs lays it out");
 
 // Strides, in elements, of a tensor [B, H, S, D]; those of the last dimension are neighbours.
 struct HeadStrides {
@@ -111,7 +111,7 @@ struct AttentionLayout {
 static_assert(sizeof(AttentionLayout) == 96 && offsetof(HeadStrides, head) == 8 &&
                   offsetof(HeadStrides, row) == 16 && offsetof(AttentionLayout, k) == 24 &&
                   offsetof(AttentionLayout, v) == 48 && offsetof(AttentionLayout, o) == 72,
-              "as src/ops/attention/config.rs lays it out");
+              "as src/ops/attention/args.rs lays it out");
 
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;

@@ -1,4 +1,4 @@
-// attention of f32: softmax(q k^T) v with dropout, never in memory as a whole. Twin of src/ops/attention/cpu.rs.
+// attention of f32: softmax(q k^T) v with dropout, never in memory as a whole. Twin of src/ops/attention/cpu/.
 // One text, since no other kernel shares the tiles that these three are written in.
 //
 //     s = scale * q·k      s = softcap * tanh(s / softcap)      t = s - slope * |i + Sk - Sq - j|

@@ -1,5 +1,5 @@
 // attention of halves, f16 and bf16, on tensor cores (sm_80 and later): softmax(q k^T) v with dropout, never in
-// memory as a whole. Twin of src/ops/attention/cpu.rs. After Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
+// memory as a whole. Twin of src/ops/attention/cpu/. After Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
 // One text, since the three kernels are read beside each other: they differ in what stays and what is walked over.
 //
 //     s = scale * q·k      s = softcap * tanh(s / softcap)      t = s - slope * |i + Sk - Sq - j|

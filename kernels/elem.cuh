@@ -1,5 +1,5 @@
-// Element types: the only list of dtypes on the CUDA side, vectors of 8 elements, and the walk over a
-// [rows, cols] tensor that the element-wise kernels share. Twin of src/elem.rs.
+// Element types, vectors of 8 elements, and the walk over a [rows, cols] tensor that the element-wise kernels
+// share. Twin of src/cpu/element.rs.
 #pragma once
 
 #include <cuda_bf16.h>

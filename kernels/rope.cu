@@ -33,7 +33,7 @@ static_assert(sizeof(RopeArgs) == 72 && offsetof(RopeArgs, half) == 24 && offset
                   offsetof(RopeArgs, interleaved) == 68,
               "as src/ops/rope/args.rs lays it out");
 
-// Heads that a thread rotates together; `rope` of src/launch/config.rs knows it too.
+// Heads that a thread rotates together; `RopeArgs::launch` of src/ops/rope/args.rs knows it too.
 constexpr int HEADS = 4;
 
 // One pair by one angle; products and sums round one by one, as on the CPU.

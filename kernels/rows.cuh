@@ -1,4 +1,4 @@
-// Where the rows of a tensor lie in something larger, smaller or broadcast. Twin of src/rows.rs.
+// Where the rows of a tensor lie in something larger, smaller or broadcast. Twin of src/mask/rows.rs.
 #pragma once
 
 #include <cstddef>
@@ -24,4 +24,4 @@ struct RowMap {
     }
 };
 static_assert(sizeof(RowMap) == 64 && offsetof(RowMap, size) == 8 && offsetof(RowMap, stride) == 32,
-              "as src/rows.rs lays it out");
+              "as src/mask/rows.rs lays it out");
