@@ -93,5 +93,5 @@ fn forward_and_backward_equal_the_cpu() {
 // mutant: first element overwritten|s/x2 = __fadd_rn\(__fmul_rn\(x1, sin\)/x2 = __fadd_rn(__fmul_rn(y1, sin)/
 // mutant: tables of one batch|s/batch \* args\.table_stride \+ position/position/
 // mutant: strides unused|s/position \* args\.x_strides\[2\]/position * head_size/
-// mutant: aligned strides|s/\(args\.half \| strides\) % WIDTH/args.half % WIDTH/
+// mutant: aligned strides|s/args\.half \| strides, x/args.half, x/
 // mutant: second half of the angles lost|s/high\[2 \* \(j - HALF\) \+ 1\], cos\[j\]/high[2 * (j - HALF) + 1], cos[j - HALF]/
