@@ -3,14 +3,14 @@ use crate::cuda::sizes::{BLOCKS_PER_MULTIPROCESSOR, Launch, THREADS, WIDTH};
 /// What the two kernels of column sums are launched with.
 #[doc(hidden)]
 #[derive(Clone, Copy, Debug)]
-pub struct ColumnSumsGrids {
+pub struct DropoutAddGrids {
     /// Blocks of 32 x 8 threads for 256 columns, in `grid[1]` chunks of rows.
     pub sums: Launch,
     /// A thread a column adds up the sums of the chunks.
     pub totals: Launch,
 }
 
-impl ColumnSumsGrids {
+impl DropoutAddGrids {
     pub fn new(rows: usize, cols: usize, multiprocessors: usize) -> Self {
         const TEAMS: usize = 8;
         /// Rows that a thread sums at least, before a further chunk pays for its part of the second kernel.
@@ -34,7 +34,7 @@ mod tests {
 
     #[test]
     fn grids_are_whole_warps_and_fit() {
-        let grids = |rows, cols| ColumnSumsGrids::new(rows, cols, MULTIPROCESSORS);
+        let grids = |rows, cols| DropoutAddGrids::new(rows, cols, MULTIPROCESSORS);
         assert_whole_warps(|cols| grids(7, cols).sums);
         assert_whole_warps(|cols| grids(7, cols).totals);
         assert_grid_fits(|rows, cols| grids(rows, cols).sums);

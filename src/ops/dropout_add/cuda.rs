@@ -2,7 +2,7 @@ use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
 use candle_core::{Result, Storage, Tensor};
 
 use super::NAME;
-use super::args::ColumnSumsGrids;
+use super::args::DropoutAddGrids;
 use crate::check::rows_cols;
 use crate::cuda::sizes::elementwise;
 use crate::cuda::{
@@ -46,7 +46,7 @@ pub(super) fn bwd_bias(mask: &MaskArgs, dy: &Tensor) -> Result<Storage> {
     let (rows, cols) = rows_cols(dy.dims());
     let dy = Input::new(NAME, dy);
     let device = dy.cuda_device()?;
-    let grids = ColumnSumsGrids::new(rows, cols, multiprocessors(device)?);
+    let grids = DropoutAddGrids::new(rows, cols, multiprocessors(device)?);
     let chunks = grids.sums.grid[1] as usize;
     for_cuda_dtype!(dy, |T| {
         let dy = dy.view::<T>()?;

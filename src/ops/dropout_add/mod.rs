@@ -7,7 +7,7 @@ mod cuda;
 
 use candle_core::{Result, Tensor};
 
-pub use args::ColumnSumsGrids;
+pub use args::DropoutAddGrids;
 
 use super::dropout;
 use crate::check::{check_bias, check_dtype, check_same, rows_cols};

@@ -1,7 +1,7 @@
 //! `kernels/dropout_add.cu`: forward bit for bit the CPU op, the bias gradient a sum in f64.
 
 use candle_dropout::sizes::elementwise;
-use candle_dropout::{ColumnSumsGrids, dropout_add};
+use candle_dropout::{DropoutAddGrids, dropout_add};
 
 use crate::host::*;
 
@@ -92,7 +92,7 @@ fn bias_gradient<T: Element>() {
                 *dy = poison(i);
             }
         }
-        let grids = ColumnSumsGrids::new(rows, cols, MULTIPROCESSORS[at % 2]);
+        let grids = DropoutAddGrids::new(rows, cols, MULTIPROCESSORS[at % 2]);
         let chunks = grids.sums.grid[1] as usize;
         sums.push(
             case::<T>("dropout_add_bwd_bias", grids.sums)
@@ -138,7 +138,7 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .by_value(mask)
     });
     assert_keeps_the_vectors(&KERNELS, |mask, cols| {
-        case::<f32>("dropout_add_bwd_bias", ColumnSumsGrids::new(1, cols, 1).sums)
+        case::<f32>("dropout_add_bwd_bias", DropoutAddGrids::new(1, cols, 1).sums)
             .input(&vec![1f32; cols])
             .output::<f32>(cols)
             .value(1u64)
