@@ -2,6 +2,7 @@
 
 mod activation_dropout;
 mod attention;
+mod column_sums;
 mod cross_entropy;
 mod drop_path_add;
 mod drop_path_kept;
@@ -18,6 +19,7 @@ pub use attention::{
     AttentionArgs, AttentionConfig, AttentionLayout, AttentionPass, HeadStrides, attention,
     attention_qkv,
 };
+pub use column_sums::{ColumnSumsGrids, column_sums};
 pub use cross_entropy::{CrossEntropyArgs, CrossEntropyConfig, cross_entropy};
 pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use drop_path_kept::drop_path_kept;

@@ -29,6 +29,7 @@ macro_rules! ops {
         $then! {
             dropout,
             dropout_add,
+            column_sums,
             dropout_add_norm,
             activation_dropout,
             softmax_dropout,
