@@ -24,7 +24,7 @@ pub use cross_entropy::{CrossEntropyArgs, CrossEntropyConfig, cross_entropy};
 pub use drop_path_add::{StochasticDepth, drop_path_add};
 pub use drop_path_kept::drop_path_kept;
 pub use dropout::dropout;
-pub use dropout_add::{DropoutAddGrids, dropout_add};
+pub use dropout_add::dropout_add;
 pub use dropout_add_norm::dropout_add_norm;
 pub use linear::linear;
 pub use norm::{Norm, NormArgs, layer_norm, rms_norm};

@@ -6,7 +6,7 @@ mod cuda;
 
 use candle_core::{Result, Shape, Tensor, bail};
 
-use super::dropout_add::column_sums;
+use super::column_sums;
 use crate::check::{check_bias, check_dtype, rows_cols};
 use crate::graph::{detached, node, run_pass};
 use crate::mask::DropMask;
@@ -114,7 +114,7 @@ pub fn activation_dropout(
         let dx = run_pass!(NAME, dy, bwd(&mask, activation, x, bias, &dy))?;
         let dx = detached(dx, x.shape());
         let keep_all = DropMask::none().args(NAME, dx.dims())?;
-        let dbias = back.of(1, || column_sums(keep_all, &dx))?;
+        let dbias = back.of(1, || column_sums::sums(keep_all, &dx))?;
         Ok([Some(dx), dbias])
     })
 }

@@ -2,7 +2,6 @@ use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
 use candle_core::{Result, Storage, Tensor};
 
 use super::NAME;
-use super::args::DropoutAddGrids;
 use crate::check::rows_cols;
 use crate::cuda::sizes::elementwise;
 use crate::cuda::{
@@ -39,33 +38,5 @@ pub(super) fn fwd(
         // elements, bias none or `cols`.
         unsafe { launch(args, elementwise(rows, cols, multiprocessors(device)?)) }?;
         Ok(storage(y, device))
-    })
-}
-
-pub(super) fn bwd_bias(mask: &MaskArgs, dy: &Tensor) -> Result<Storage> {
-    let (rows, cols) = rows_cols(dy.dims());
-    let dy = Input::new(NAME, dy);
-    let device = dy.cuda_device()?;
-    let grids = DropoutAddGrids::new(rows, cols, multiprocessors(device)?);
-    let chunks = grids.sums.grid[1] as usize;
-    for_cuda_dtype!(dy, |T| {
-        let dy = dy.view::<T>()?;
-        // SAFETY: `dropout_add_bwd_bias` writes `chunks * cols` elements.
-        let sums = unsafe { output::<f32>(device, chunks * cols) }?;
-        let kernel = KERNELS.kernel::<T>(device, "dropout_add_bwd_bias")?;
-        let sizes = [rows as u64, cols as u64, chunks as u64];
-        let mut args = kernel.args();
-        args.arg(&dy).arg(&sums).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
-        // SAFETY: (dy, sums, rows, cols, mask); dy holds `rows * cols` elements, sums `chunks * cols`.
-        unsafe { launch(args, grids.sums) }?;
-
-        // SAFETY: `dropout_add_bwd_bias_total` writes `cols` elements.
-        let dbias = unsafe { output::<T>(device, cols) }?;
-        let kernel = KERNELS.kernel::<T>(device, "dropout_add_bwd_bias_total")?;
-        let mut args = kernel.args();
-        args.arg(&sums).arg(&dbias).arg(&sizes[2]).arg(&sizes[1]);
-        // SAFETY: (sums, dbias, chunks, cols); sums holds `chunks * cols` elements, dbias `cols`.
-        unsafe { launch(args, grids.totals) }?;
-        Ok(storage(dbias, device))
     })
 }

@@ -1,17 +1,14 @@
 //! `y = residual + (keep ? (x + bias) * scale : 0)`.
 
-mod args;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
 use candle_core::{Result, Tensor};
 
-pub use args::DropoutAddGrids;
-
-use super::dropout;
-use crate::check::{check_bias, check_dtype, check_same, rows_cols};
-use crate::graph::{Backward, detached, node, run_pass};
+use super::{column_sums, dropout};
+use crate::check::{check_bias, check_dtype, check_same};
+use crate::graph::{Backward, node, run_pass};
 use crate::mask::{DropMask, MaskArgs};
 
 const NAME: &str = "dropout_add";
@@ -76,16 +73,11 @@ pub fn dropout_add(
     node(NAME, inputs, (y, x.shape()), move |back| gradients(mask, back))
 }
 
-/// `dx`, `dresidual` and `dbias`, for every op that adds a dropout to a residual stream.
+/// `dx`, `dresidual` and `dbias`, for every op that adds a dropout to a residual stream; `dbias` from dy itself
+/// and so without the rounding of dx.
 pub(super) fn gradients(mask: MaskArgs, back: Backward<'_, 3>) -> Result<[Option<Tensor>; 3]> {
     let dy = back.dy.contiguous()?;
     let dx = back.of(0, || dropout::dx(mask, &dy))?;
-    let dbias = back.of(2, || column_sums(mask, &dy))?;
+    let dbias = back.of(2, || column_sums::sums(mask, &dy))?;
     Ok([dx, Some(dy), dbias])
-}
-
-/// `dbias[c] = Σ_rows (keep ? dy * scale : 0)`, from dy itself and so without the rounding of dx.
-pub(super) fn column_sums(mask: MaskArgs, dy: &Tensor) -> Result<Tensor> {
-    let (_, cols) = rows_cols(dy.dims());
-    Ok(detached(run_pass!(NAME, dy, bwd_bias(&mask, dy))?, cols))
 }

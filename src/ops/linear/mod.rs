@@ -6,7 +6,7 @@ mod cuda;
 
 use candle_core::{Result, Shape, Tensor, bail};
 
-use super::dropout_add::column_sums;
+use super::column_sums;
 use crate::check::{check_alike, check_dtype};
 use crate::graph::{node, run_pass};
 use crate::mask::DropMask;
@@ -96,7 +96,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         let rows_of_dy = dy.reshape((rows, outputs))?;
         let dx = || rows_of_dy.matmul(&weight_again.t()?)?.reshape(x.shape());
         let dweight = || x.reshape((rows, inputs))?.t()?.matmul(&rows_of_dy);
-        let dbias = || column_sums(DropMask::none().args(NAME, dy.dims())?, &dy);
+        let dbias = || column_sums::sums(DropMask::none().args(NAME, dy.dims())?, &dy);
         Ok([back.of(0, dx)?, back.of(1, dweight)?, back.of(2, dbias)?])
     })
 }

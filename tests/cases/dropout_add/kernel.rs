@@ -1,7 +1,7 @@
-//! `kernels/dropout_add.cu`: forward bit for bit the CPU op, the bias gradient a sum in f64.
+//! `kernels/dropout_add.cu`: bit for bit the CPU op.
 
+use candle_dropout::dropout_add;
 use candle_dropout::sizes::elementwise;
-use candle_dropout::{DropoutAddGrids, dropout_add};
 
 use crate::host::*;
 
@@ -77,54 +77,6 @@ fn forward_equals_the_cpu() {
     for_each_dtype!(forward());
 }
 
-fn bias_gradient<T: Element>() {
-    let (mut sums, mut expected) = (Vec::new(), Vec::new());
-    for (at, (mask, dims, _, offset, what)) in forms().into_iter().enumerate() {
-        let (cols, len) = (dims[dims.len() - 1], mask.keep.len());
-        let rows = len / cols;
-        let mut dy: Vec<T> = random(4, len);
-        let (mut dbias, mut terms) = (vec![0f64; cols], vec![0f64; cols]);
-        for (i, (dy, keep)) in dy.iter_mut().zip(&mask.keep).enumerate() {
-            if *keep {
-                dbias[i % cols] += dy.to_f64() * mask.scale;
-                terms[i % cols] += dy.to_f64().abs() * mask.scale;
-            } else {
-                *dy = poison(i);
-            }
-        }
-        let grids = DropoutAddGrids::new(rows, cols, MULTIPROCESSORS[at % 2]);
-        let chunks = grids.sums.grid[1] as usize;
-        sums.push(
-            case::<T>("dropout_add_bwd_bias", grids.sums)
-                .input(&dy)
-                .misaligned_by(offset * size_of::<T>())
-                .output::<f32>(chunks * cols)
-                .value(rows as u64)
-                .value(cols as u64)
-                .by_value(&mask.args),
-        );
-        expected.push((grids.totals, chunks, cols, dbias, terms, what));
-    }
-    let sums = KERNELS.run(&sums).unwrap();
-    let total = |(at, sums): (usize, &Outputs)| -> Case {
-        let (launch, chunks, cols, ..) = expected[at];
-        case::<T>("dropout_add_bwd_bias_total", launch)
-            .input(&sums.get::<f32>(0))
-            .output::<T>(cols)
-            .value(chunks as u64)
-            .value(cols as u64)
-    };
-    let totals = KERNELS.run(&sums.iter().enumerate().map(total).collect::<Vec<_>>()).unwrap();
-    for (outputs, (_, _, _, dbias, terms, what)) in totals.iter().zip(&expected) {
-        assert_close(&outputs.get::<T>(0), dbias, terms, what);
-    }
-}
-
-#[test]
-fn the_bias_gradient_is_the_sum_of_its_columns() {
-    for_each_dtype!(bias_gradient());
-}
-
 #[test]
 fn the_mask_is_that_of_an_independent_implementation() {
     assert_keeps_the_vectors(&KERNELS, |mask, cols| {
@@ -137,16 +89,6 @@ fn the_mask_is_that_of_an_independent_implementation() {
             .value(cols as u64)
             .by_value(mask)
     });
-    assert_keeps_the_vectors(&KERNELS, |mask, cols| {
-        case::<f32>("dropout_add_bwd_bias", DropoutAddGrids::new(1, cols, 1).sums)
-            .input(&vec![1f32; cols])
-            .output::<f32>(cols)
-            .value(1u64)
-            .value(cols as u64)
-            .by_value(mask)
-    });
 }
 
 // mutant: drops by product|s/r\[j\] = keeps\(mask, draws\[j\]\) \? kept : r\[j\];/r[j] = __fadd_rn(r[j], __fmul_rn(branch, keeps(mask, draws[j]) ? mask.scale : 0.f));/
-// mutant: sums drop by product|s/keeps\(mask, draws\[j\]\) \? g\[j\] \* mask\.scale : 0\.f/g[j] * (keeps(mask, draws[j]) ? mask.scale : 0.f)/
-// mutant: sums, aligned draws|/g\[WIDTH\];/,/float v/s/VECTOR \? draw\(mask/true ? draw(mask/
