@@ -3,9 +3,9 @@
 //! CPU:
 //!
 //! ```text
-//! cargo run --release -p gpu_bundle -- correctness
-//! cargo run --release -p gpu_bundle -- bench --small
-//! cargo run --release -p gpu_bundle --features cuda -- bench --device cuda
+//! cargo run --release --bin gpu_bundle -- correctness
+//! cargo run --release --bin gpu_bundle -- bench --small
+//! cargo run --release --bin gpu_bundle --features cuda -- bench --device cuda
 //! ```
 //!
 //! Results go to `--out` as `<device>-<date>.json`, `.md` and `.svg`; every subcommand adds its section
