@@ -17,7 +17,7 @@
 #include "philox.cuh"
 #include "reduce.cuh"
 
-// How scores become softmax inputs, as src/ops/softmax_dropout/mask.rs fills it in.
+// How scores become softmax inputs, as src/ops/softmax_dropout/args.rs fills it in.
 struct ScoreArgs {
     uint64_t queries;
     RowMap additive_rows;    // row of the additive mask for a row of the scores
@@ -36,7 +36,7 @@ struct ScoreArgs {
 static_assert(sizeof(ScoreArgs) == 104 && offsetof(ScoreArgs, additive_rows) == 8 &&
                   offsetof(ScoreArgs, additive_cols) == 72 && offsetof(ScoreArgs, scale) == 80 &&
                   offsetof(ScoreArgs, grad_scale) == 88 && offsetof(ScoreArgs, causal) == 96,
-              "as src/ops/softmax_dropout/mask.rs lays it out");
+              "as src/ops/softmax_dropout/args.rs lays it out");
 
 template <bool VECTOR, typename T>
 struct Row {

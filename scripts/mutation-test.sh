@@ -12,7 +12,7 @@
 #
 # A mutant that passes every test is a survivor; the script lists them and fails. Then either a case is
 # missing, or the line does not matter and can go. Only the tests of the affected kernel files run. A marker
-# cannot stand in a macro, where a comment would swallow the next line; macros hold no logic.
+# cannot stand in a macro, where a comment would swallow the next line; macros are entry points alone.
 #
 # MUTANTS=40 tries that many only: another choice whenever a kernel, one of those tests or this script changes,
 # and the same until then.

@@ -131,7 +131,8 @@ fn carry(op: &'static str, tensors: &[&Tensor]) -> Result<(Tensor, Arc<Carried>)
     Ok((attach(op, tensors, result, backward)?, gradients))
 }
 
-/// Gradients on their way to a [`carry`], of each thread that runs backward.
+/// Gradients on their way to a [`carry`], of each thread that runs backward. Where it fails in between, they
+/// stay until that thread runs it again.
 #[derive(Default)]
 struct Carried(Mutex<HashMap<ThreadId, Vec<Tensor>>>);
 

@@ -59,21 +59,19 @@ pub(crate) fn multiply<R: Real>(
     #[cfg(target_arch = "x86_64")]
     match instruction_set() {
         InstructionSet::Avx512 => {
-            // SAFETY: `instruction_set` found every feature that this variant enables.
-            return unsafe {
-                match narrow {
-                    true => avx512::<R, 8, 32>(sizes, left, right, out, stride),
-                    false => avx512::<R, 8, 16>(sizes, left, right, out, stride),
-                }
+            return match narrow {
+                // SAFETY: `instruction_set` found every feature that this variant enables.
+                true => unsafe { avx512::<R, 8, 32>(sizes, left, right, out, stride) },
+                // SAFETY: as above.
+                false => unsafe { avx512::<R, 8, 16>(sizes, left, right, out, stride) },
             };
         }
         InstructionSet::Avx2 => {
-            // SAFETY: as above.
-            return unsafe {
-                match narrow {
-                    true => avx2::<R, 4, 16>(sizes, left, right, out, stride),
-                    false => avx2::<R, 4, 8>(sizes, left, right, out, stride),
-                }
+            return match narrow {
+                // SAFETY: as above.
+                true => unsafe { avx2::<R, 4, 16>(sizes, left, right, out, stride) },
+                // SAFETY: as above.
+                false => unsafe { avx2::<R, 4, 8>(sizes, left, right, out, stride) },
             };
         }
         InstructionSet::Baseline => {}

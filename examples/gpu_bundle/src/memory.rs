@@ -1,4 +1,4 @@
-//! Peak memory of a training step: fused, unfused, and with candle's own dropout.
+//! Peak memory of a training step, fused, unfused, and with candle's own dropout, and of each op.
 //!
 //! On the CPU an allocator counts; on CUDA the device's memory pool does, in which all tensors lie.
 
@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use anyhow::Result;
-use candle_core::{DType, Device};
-use cases::device;
+use candle_core::{DType, Device, Tensor, Var};
+use cases::runner::arguments;
+use cases::{device, mask};
 use serde::Serialize;
 
 use crate::step::{FORMS, Step, size};
@@ -107,32 +108,84 @@ pub fn run(args: &Common, device: &Device) -> Result<bool> {
         }
     }
     let branches = branches(args.small, device)?;
+    let ops = ops(args.small, device)?;
     let mut markdown = markdown(&config, batch, &peaks)?;
     write_branches(&mut markdown, &branches)?;
+    write_ops(&mut markdown, &ops)?;
     let seconds = begin.elapsed().as_secs_f64();
-    let data = serde_json::json!({ "small": args.small, "peaks": peaks, "branches": branches });
+    let data = serde_json::json!({
+        "small": args.small, "peaks": peaks, "branches": branches, "ops": ops
+    });
     let json = results::write_section(&args.out, device, "memory", seconds, &markdown, data)?;
     results::print_section(&json, &markdown);
     Ok(true)
 }
 
-/// What a residual branch under stochastic depth holds and needs beyond its weights and input.
+/// What `forward` and backward from its result hold and need beyond what is there before.
+fn peak(
+    device: &Device,
+    [library, variant]: [&'static str; 2],
+    drop_p: f32,
+    forward: impl Fn() -> candle_core::Result<Tensor>,
+) -> Result<Peak> {
+    // Scratch memory and modules that stay belong to no call.
+    forward()?.backward()?;
+    forget_peak(device)?;
+    let (before_bytes, _) = used_and_peak(device)?;
+    let y = forward()?;
+    let (graph, _) = used_and_peak(device)?;
+    y.backward()?;
+    let (_, most) = used_and_peak(device)?;
+    let [graph_bytes, step_bytes] = [graph, most].map(|bytes| bytes.saturating_sub(before_bytes));
+    Ok(Peak { library, variant, drop_p, before_bytes, graph_bytes, step_bytes })
+}
+
+/// A residual branch under stochastic depth.
 fn branches(small: bool, device: &Device) -> Result<Vec<Peak>> {
     let branch = kept::Branch::new(DType::F32, small, device)?;
     let mut peaks = Vec::new();
     for drop_p in kept::DROP_PS {
         for form in kept::FORMS {
-            branch.forward(form, drop_p)?.backward()?;
-            forget_peak(device)?;
-            let (before_bytes, _) = used_and_peak(device)?;
-            let y = branch.forward(form, drop_p)?;
-            let (graph, _) = used_and_peak(device)?;
-            y.backward()?;
-            let (_, peak) = used_and_peak(device)?;
-            let [library, variant] = form.names();
-            let [graph_bytes, step_bytes] =
-                [graph, peak].map(|bytes| bytes.saturating_sub(before_bytes));
-            peaks.push(Peak { library, variant, drop_p, before_bytes, graph_bytes, step_bytes });
+            peaks.push(peak(device, form.names(), drop_p, || branch.forward(form, drop_p))?);
+        }
+    }
+    Ok(peaks)
+}
+
+/// An op and its size.
+#[derive(Debug, Serialize)]
+struct OfOp {
+    op: &'static str,
+    size: Vec<usize>,
+    #[serde(flatten)]
+    peak: Peak,
+}
+
+/// Every op that is measured, at the highest of its rates, and candle's chain.
+fn ops(small: bool, device: &Device) -> Result<Vec<OfOp>> {
+    let mut peaks = Vec::new();
+    for case in cases::cases() {
+        let size = case.bench_size(if small { 1 << 12 } else { 1 << 20 });
+        let Some(&drop_p) = case.bench_drop_ps().last() else { continue };
+        let (constants, drop) = (case.constants(&size, DType::F32, device)?, mask(drop_p));
+        let vars = arguments(case, &size, DType::F32)?
+            .iter()
+            .map(|x| Var::from_tensor(&x.to_device(device)?))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let args: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let mut add = |names, forward: &dyn Fn() -> candle_core::Result<Tensor>| -> Result<()> {
+            let peak = peak(device, names, drop_p, forward)?;
+            peaks.push(OfOp { op: case.name(), size: size.clone(), peak });
+            Ok(())
+        };
+        let fused = || Ok(case.fused(&args, &constants, &drop)?.remove(0));
+        add(["candle-dropout", "fused"], &fused)?;
+        if case.chain(&args, &constants, drop_p).is_some() {
+            let chain = || match case.chain(&args, &constants, drop_p) {
+                Some(results) => Ok(results?.remove(0)),
+                None => candle_core::bail!("{case:?} has no chain"),
+            };
+            add(["candle", "chain"], &chain)?;
         }
     }
     Ok(peaks)
@@ -146,6 +199,22 @@ fn write_branches(md: &mut String, peaks: &[Peak]) -> Result<()> {
     for Peak { library, variant, drop_p, graph_bytes, step_bytes, .. } in peaks {
         let [peak, held] = [step_bytes, graph_bytes].map(|bytes| *bytes as f64 / 1e6);
         writeln!(md, "| {drop_p} | {library}, {variant} | {peak:.1} | {held:.1} |")?;
+    }
+    Ok(())
+}
+
+fn write_ops(md: &mut String, peaks: &[OfOp]) -> Result<()> {
+    md.push_str(
+        "\nEach op forward and backward in f32, beyond its arguments:\n\n\
+         | op | size | drop p | | peak MB | held MB |\n|---|---|---|---|---|---|\n",
+    );
+    for OfOp { op, size, peak } in peaks {
+        let Peak { library, variant, drop_p, graph_bytes, step_bytes, .. } = peak;
+        let [peak, held] = [step_bytes, graph_bytes].map(|bytes| *bytes as f64 / 1e6);
+        writeln!(
+            md,
+            "| `{op}` | {size:?} | {drop_p} | {library}, {variant} | {peak:.1} | {held:.1} |"
+        )?;
     }
     Ok(())
 }

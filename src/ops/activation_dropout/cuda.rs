@@ -29,13 +29,13 @@ pub(super) fn fwd(
         let y = unsafe { output::<T>(device, rows * cols) }?;
         let kernel = KERNELS.kernel::<T>(device, "activation_dropout_fwd")?;
         let (sizes, code) = ([rows as u64, cols as u64], activation as u32);
-        let mut args = kernel.args();
-        args.arg(&x);
-        push_optional(&mut args, &bias);
-        args.arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(&code).arg(mask);
+        let mut list = kernel.args();
+        list.arg(&x);
+        push_optional(&mut list, &bias);
+        list.arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(&code).arg(mask);
         // SAFETY: (x, bias, y, rows, cols, activation, mask); y holds `rows * cols` elements, x as many or
         // twice as many, as the activation wants, bias none or a row of x.
-        unsafe { launch(args, elementwise(rows, cols, multiprocessors(device)?)) }?;
+        unsafe { launch(list, elementwise(rows, cols, multiprocessors(device)?)) }?;
         Ok(storage(y, device))
     })
 }
@@ -57,13 +57,13 @@ pub(super) fn bwd(
         let dx = unsafe { output::<T>(device, rows * x_cols) }?;
         let kernel = KERNELS.kernel::<T>(device, "activation_dropout_bwd")?;
         let (sizes, code) = ([rows as u64, cols as u64], activation as u32);
-        let mut args = kernel.args();
-        args.arg(&x);
-        push_optional(&mut args, &bias);
-        args.arg(&dy).arg(&dx).arg(&sizes[0]).arg(&sizes[1]).arg(&code).arg(mask);
+        let mut list = kernel.args();
+        list.arg(&x);
+        push_optional(&mut list, &bias);
+        list.arg(&dy).arg(&dx).arg(&sizes[0]).arg(&sizes[1]).arg(&code).arg(mask);
         // SAFETY: (x, bias, dy, dx, rows, cols, activation, mask); dy holds `rows * cols` elements, x and dx
         // as many or twice as many, as the activation wants, bias none or a row of x.
-        unsafe { launch(args, elementwise(rows, cols, multiprocessors(device)?)) }?;
+        unsafe { launch(list, elementwise(rows, cols, multiprocessors(device)?)) }?;
         Ok(storage(dx, device))
     })
 }

@@ -117,7 +117,7 @@ pub fn attention(
         let (qkv, lse) = (again.each_ref(), lse.as_ref());
         // Contiguous whatever the arguments are: candle adds them to contiguous zeros.
         let grads = attention.bwd(qkv, lse, &back, attention.contiguous_grads())?;
-        let mut grads = grads.into_iter().zip(qkv).map(|(grad, x)| detached(grad, x.shape()));
+        let mut grads = grads.into_iter();
         Ok([grads.next(), grads.next(), grads.next()])
     })?;
     if rows_before_heads { o.transpose(1, 2) } else { Ok(o) }
@@ -173,7 +173,7 @@ pub fn attention_qkv(
     let (shape, again) = (attention.shape(), qkv.detach());
     node(NAME, [Some(&qkv)], (o, shape), move |back| {
         let grads = attention.bwd([&again; 3], lse.as_ref(), &back, attention.packed_grads())?;
-        Ok([grads.into_iter().next().map(|grad| detached(grad, again.shape()))])
+        Ok([grads.into_iter().next()])
     })
 }
 
@@ -195,11 +195,10 @@ impl Attention {
         lse: Option<&Tensor>,
         back: &Backward<'_, N>,
         grads: GradLayout,
-    ) -> Result<Vec<Storage>> {
+    ) -> Result<Vec<Tensor>> {
         let [q, ..] = qkv;
         let Some(lse) = lse else {
-            let of = |x: &Tensor| zeros(x.shape(), x.dtype(), x.device());
-            return qkv.into_iter().take(N).map(of).collect();
+            return qkv.into_iter().take(N).map(Tensor::zeros_like).collect();
         };
         let dout = with_rows(back.dy)?;
         let o = match self.rows_before_heads {
@@ -208,6 +207,7 @@ impl Attention {
         };
         let grads = GradLayout { strides: AttentionLayout { o, ..grads.strides }, ..grads };
         let saved = Saved { o: back.y, lse, dout: &dout };
-        run_pass!(NAME, q, bwd(self, qkv, saved, &grads))
+        let grads = run_pass!(NAME, q, bwd(self, qkv, saved, &grads))?;
+        Ok(grads.into_iter().zip(qkv).map(|(grad, x)| detached(grad, x.shape())).collect())
     }
 }

@@ -21,18 +21,18 @@ pub(super) fn fwd(mask: &MaskArgs, x: &Tensor) -> Result<Storage> {
         let sums = unsafe { output::<f32>(device, chunks * cols) }?;
         let kernel = KERNELS.kernel::<T>(device, "column_sums_fwd")?;
         let sizes = [rows as u64, cols as u64, chunks as u64];
-        let mut args = kernel.args();
-        args.arg(&x).arg(&sums).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
+        let mut list = kernel.args();
+        list.arg(&x).arg(&sums).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
         // SAFETY: (x, sums, rows, cols, mask); x holds `rows * cols` elements, sums `chunks * cols`.
-        unsafe { launch(args, grids.sums) }?;
+        unsafe { launch(list, grids.sums) }?;
 
         // SAFETY: `column_sums_fwd_total` writes `cols` elements.
         let y = unsafe { output::<T>(device, cols) }?;
         let kernel = KERNELS.kernel::<T>(device, "column_sums_fwd_total")?;
-        let mut args = kernel.args();
-        args.arg(&sums).arg(&y).arg(&sizes[2]).arg(&sizes[1]);
+        let mut list = kernel.args();
+        list.arg(&sums).arg(&y).arg(&sizes[2]).arg(&sizes[1]);
         // SAFETY: (sums, y, chunks, cols); sums holds `chunks * cols` elements, y `cols`.
-        unsafe { launch(args, grids.totals) }?;
+        unsafe { launch(list, grids.totals) }?;
         Ok(storage(y, device))
     })
 }

@@ -70,6 +70,18 @@ mod tests {
     use std::mem::offset_of;
 
     use super::*;
+    use crate::cuda::sizes::limits::*;
+
+    #[test]
+    fn grids_are_whole_warps_and_fit() {
+        let launch = |rows, classes| {
+            let args = CrossEntropyArgs::new(rows, classes, &CrossEntropyConfig::default());
+            args.launch(MULTIPROCESSORS)
+        };
+        assert_whole_warps(|classes| launch(7, classes));
+        assert_grid_fits(launch);
+        assert_whole_warps(|_| CrossEntropyArgs::launch_total());
+    }
 
     #[test]
     fn the_layout_is_that_of_the_kernels() {

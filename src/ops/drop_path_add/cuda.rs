@@ -27,13 +27,13 @@ pub(super) fn fwd(
         let y = unsafe { output::<T>(device, samples * size) }?;
         let kernel = KERNELS.kernel::<T>(device, "drop_path_add_fwd")?;
         let sizes = [samples as u64, size as u64];
-        let mut args = kernel.args();
-        args.arg(&x);
-        push_optional(&mut args, &residual);
-        args.arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
+        let mut list = kernel.args();
+        list.arg(&x);
+        push_optional(&mut list, &residual);
+        list.arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
         // SAFETY: (x, residual, y, samples, size, mask); x and y hold `samples * size` elements, residual
         // none or as many.
-        unsafe { launch(args, elementwise(samples, size, multiprocessors(device)?)) }?;
+        unsafe { launch(list, elementwise(samples, size, multiprocessors(device)?)) }?;
         Ok(storage(y, device))
     })
 }

@@ -186,12 +186,15 @@ fn scatter_add(places: Places, scale: f32, branch: &Tensor, residual: &Tensor) -
     let read = if places.of_kept.is_some() { branch } else { residual };
     let (of_samples, len) = (&places.of_samples, residual.elem_count());
     let y = run_pass!(NAME, read, fwd(of_samples, scale, read, Some(residual), len))?;
-    let unread = branch.detach();
+    let unread = places.of_kept.is_none().then(|| branch.detach());
     node(NAME, [Some(branch), Some(residual)], (y, residual.shape()), move |back| {
         let dy = back.dy.contiguous()?;
-        let dbranch = back.of(0, || match &places.of_kept {
-            None => unread.zeros_like(),
-            Some(of_kept) => moved(&dy, of_kept, scale),
+        let dbranch = back.of(0, || match (&places.of_kept, &unread) {
+            (Some(of_kept), _) => moved(&dy, of_kept, scale),
+            (None, Some(unread)) => unread.zeros_like(),
+            (None, None) => {
+                bail!("{NAME}: backward: expected a branch or its stand-in, got neither")
+            }
         })?;
         Ok([dbranch, Some(dy)])
     })

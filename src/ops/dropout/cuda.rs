@@ -20,10 +20,10 @@ pub(super) fn fwd(mask: &MaskArgs, x: &Tensor) -> Result<Storage> {
         let y = unsafe { output::<T>(device, rows * cols) }?;
         let kernel = KERNELS.kernel::<T>(device, "dropout_fwd")?;
         let sizes = [rows as u64, cols as u64];
-        let mut args = kernel.args();
-        args.arg(&x).arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
+        let mut list = kernel.args();
+        list.arg(&x).arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
         // SAFETY: (x, y, rows, cols, mask); x and y hold `rows * cols` elements.
-        unsafe { launch(args, elementwise(rows, cols, multiprocessors(device)?)) }?;
+        unsafe { launch(list, elementwise(rows, cols, multiprocessors(device)?)) }?;
         Ok(storage(y, device))
     })
 }

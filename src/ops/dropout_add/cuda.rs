@@ -30,13 +30,13 @@ pub(super) fn fwd(
         let y = unsafe { output::<T>(device, rows * cols) }?;
         let kernel = KERNELS.kernel::<T>(device, "dropout_add_fwd")?;
         let sizes = [rows as u64, cols as u64];
-        let mut args = kernel.args();
-        args.arg(&x).arg(&residual);
-        push_optional(&mut args, &bias);
-        args.arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
+        let mut list = kernel.args();
+        list.arg(&x).arg(&residual);
+        push_optional(&mut list, &bias);
+        list.arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(mask);
         // SAFETY: (x, residual, bias, y, rows, cols, mask); x, residual and y hold `rows * cols`
         // elements, bias none or `cols`.
-        unsafe { launch(args, elementwise(rows, cols, multiprocessors(device)?)) }?;
+        unsafe { launch(list, elementwise(rows, cols, multiprocessors(device)?)) }?;
         Ok(storage(y, device))
     })
 }

@@ -96,8 +96,8 @@ fn gradients(
     back: Backward<'_, 2>,
 ) -> Result<[Option<Tensor>; 2]> {
     if drop.drops_all() {
-        let dadditive = additive.map(Tensor::zeros_like).transpose()?;
-        return Ok([Some(scores.zeros_like()?), dadditive]);
+        let dadditive = additive.filter(|_| back.wants(1)).map(Tensor::zeros_like).transpose()?;
+        return Ok([back.of(0, || scores.zeros_like())?, dadditive]);
     }
     let dy = back.dy.contiguous()?;
     let grad = |args: &ScoreArgs| -> Result<Tensor> {
