@@ -1,7 +1,7 @@
 //! Fused dropout for [candle](https://github.com/huggingface/candle): CUDA kernels, a CPU path that draws
 //! the very same masks, gradients that arrive, and no stored masks.
 //!
-//! - Ops: [`dropout`], [`dropout_add`], [`dropout_add_norm`], [`activation_dropout`],
+//! - Ops: [`dropout`], [`dropout_add`], [`column_sums`], [`dropout_add_norm`], [`activation_dropout`],
 //!   [`softmax_dropout`], [`attention()`], [`attention_qkv`], [`drop_path_add`], [`drop_path_kept`]. Each
 //!   takes a [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take
 //!   none.
