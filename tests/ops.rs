@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use cases::runner::{
-    arguments, devices, disagreements, disagreements_of, fused, output_gradient, results,
+    SIZES, arguments, devices, disagreements, disagreements_of, fused, output_gradient, results,
 };
 use cases::{Case, DTYPES, View, bits, error, largest, mask};
 
@@ -36,24 +36,6 @@ fn for_each_case(cases: &[&dyn Case], fact: fn(&dyn Case) -> Result<()>) {
         fact(*case).unwrap_or_else(|e| panic!("{case:?}: {e}"));
     }
 }
-
-/// One by one: scalar, single elements, odd and prime sizes, none a multiple of 8; one column, one row;
-/// more queries than keys and fewer; more than one parallel chunk; more rows than a CUDA grid's y.
-const SIZES: [&[usize]; 13] = [
-    &[],
-    &[1],
-    &[7],
-    &[1, 1],
-    &[131, 1],
-    &[1, 1031],
-    &[5, 3],
-    &[2, 3, 17],
-    &[2, 7, 4],
-    &[2, 3, 4, 5],
-    &[37, 1031],
-    &[5, 9973],
-    &[65537, 3],
-];
 
 const VIEWED_SIZES: [&[usize]; 7] =
     [&[5], &[5, 3], &[2, 3, 17], &[2, 3, 4, 5], &[37, 1031], &[2, 6, 5, 32], &[3, 14]];

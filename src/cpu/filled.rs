@@ -224,21 +224,26 @@ mod tests {
 
     #[test]
     fn what_is_not_written_is_nan() {
-        // SAFETY of all: the last element is initialised by the poison, if by nothing else.
+        // SAFETY: the last element is initialised by the poison, if by nothing else.
         let out = unsafe { filled(7, 1, |_, out| fill_in_part(out)) };
         assert_last_is_nan(&out);
+        // SAFETY: as above.
         let (out, _) = unsafe { filled_with(7, 1, |_, out| fill_in_part(out)) };
         assert_last_is_nan(&out);
         let both = |_: usize, first: &mut [_], second: &mut [_]| {
             fill_in_part(first);
             fill_in_part(second);
         };
+        // SAFETY: as above.
         let (first, second) = unsafe { filled_pair(7, 1, both) };
         assert_last_is_nan(&first);
         assert_last_is_nan(&second);
+        // SAFETY: as above.
         let out = unsafe { filled_per_row(7, 1, |_, out| fill_in_part(out)) };
         assert_last_is_nan(&out);
+        // SAFETY: no other part is alive.
         let part = |[out]: &[Scattered<f32>; 1]| fill_in_part(unsafe { out.part(0, 7) });
+        // SAFETY: as above.
         let ([out], ()) = unsafe { scattered([7], part) };
         assert_last_is_nan(&out);
     }

@@ -7,6 +7,25 @@ use candle_dropout::DropMask;
 use crate::tensors::{bits, drop_scale, error, largest, mask, random};
 use crate::{Case, Exact, View};
 
+/// Sizes that are awkward for any op. One by one: scalar, single elements, odd and prime sizes, none a multiple
+/// of 8; one column, one row; more queries than keys and fewer; more than one parallel chunk; more rows than a
+/// CUDA grid's y.
+pub const SIZES: [&[usize]; 13] = [
+    &[],
+    &[1],
+    &[7],
+    &[1, 1],
+    &[131, 1],
+    &[1, 1031],
+    &[5, 3],
+    &[2, 3, 17],
+    &[2, 7, 4],
+    &[2, 3, 4, 5],
+    &[37, 1031],
+    &[5, 9973],
+    &[65537, 3],
+];
+
 /// The CPU, and a GPU if there is one that this build can use.
 pub fn devices() -> Vec<Device> {
     [Ok(Device::Cpu), Device::new_cuda(0)].into_iter().flatten().collect()

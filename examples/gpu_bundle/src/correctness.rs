@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_dropout::{Architecture, dropout};
-use cases::runner::{disagreements, results};
+use cases::runner::{SIZES, disagreements, results};
 use cases::{Case, DTYPES, View, attention, bits, cases, mask};
 use serde::Serialize;
 
@@ -36,22 +36,9 @@ impl Group {
     }
 }
 
-/// Scalars, single elements, odd and prime sizes; one column, one row; more rows than a grid's y; rows of
-/// whole vectors, as many as fit into registers and more; a row for each size of a team.
-const SHAPES: [&[usize]; 24] = [
-    &[],
-    &[1],
-    &[7],
-    &[1, 1],
-    &[131, 1],
-    &[1, 1031],
-    &[5, 3],
-    &[2, 3, 17],
-    &[2, 7, 4],
-    &[2, 3, 4, 5],
-    &[37, 1031],
-    &[5, 9973],
-    &[65537, 3],
+/// Beside those that are awkward for any op: rows of whole vectors, as many as fit into registers and more; a
+/// row for each size of a team.
+const WHOLE_VECTORS: [&[usize]; 11] = [
     &[8209, 8],
     &[64, 8],
     &[33, 64],
@@ -74,7 +61,8 @@ const VIEWED_SHAPES: [&[usize]; 6] =
 
 pub fn run(args: &Common, device: &Device) -> Result<bool> {
     let begin = Instant::now();
-    let shapes: &[&[usize]] = if args.small { &SMALL_SHAPES } else { &SHAPES };
+    let all = [&SIZES[..], &WHOLE_VECTORS].concat();
+    let shapes = if args.small { &SMALL_SHAPES[..] } else { &all };
     let viewed: &[&[usize]] = if args.small { &VIEWED_SHAPES[2..3] } else { &VIEWED_SHAPES };
     let drop_ps: &[f32] = if args.small { &[0.1] } else { &[0., 0.1, 0.5, 1.] };
     let mut groups =
