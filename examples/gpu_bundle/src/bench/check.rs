@@ -36,13 +36,17 @@ pub fn check(
     dtype: DType,
 ) -> Result<()> {
     let device = args[0].device();
-    let dy = match case.is_loss() {
+    // A loss, or sums over rows.
+    let has_no_rows = case.output(&case.arguments(size)).len() < args[0].rank();
+    let dy = match has_no_rows {
         true => output_gradient(case, size, dtype)?.to_device(device)?,
         false => (args[0].flip(&[1])? * 0.5)?,
     };
     let constants = case.constants(size, dtype, device)?;
-    let fused = |args: &[Tensor], constants: &[Tensor]| judged(case.fused(args, constants, drop)?);
-    let ours = with_gradients(|args| fused(args, &constants), args, &dy)?;
+    let fused = |args: &[Tensor], constants: &[Tensor], drop: &DropMask| {
+        judged(case.fused(args, constants, drop)?)
+    };
+    let ours = with_gradients(|args| fused(args, &constants, drop), args, &dy)?;
     let (rows, elements) = (size[0], size.iter().product::<usize>());
     let (count, starts) = match elements <= WHOLE {
         true => (rows, vec![0]),
@@ -85,11 +89,11 @@ pub fn check(
         let all_wide = |x: &[Tensor]| x.iter().map(wide).collect::<candle_core::Result<Vec<_>>>();
         let (wide_args, wide_dy) = (all_wide(&part_args)?, wide(&dy)?);
         let mut ours = parts(&ours)?;
-        if case.is_loss() {
-            // The loss of these rows alone; the gradient is that of the whole.
+        if has_no_rows {
+            // The result of these rows alone; the gradient is that of the whole.
             let rows = part_args.iter().map(|x| x.to_device(device));
             let rows = rows.collect::<candle_core::Result<Vec<_>>>()?;
-            ours[0] = fused(&rows, &constants(dtype, device)?)?.to_device(cpu)?;
+            ours[0] = fused(&rows, &constants(dtype, device)?, &part_drop)?.to_device(cpu)?;
         }
         let mut exact = formula(DType::F64, &wide_args, &wide_dy)?;
         let naive = formula(dtype, &part_args, &dy)?;
