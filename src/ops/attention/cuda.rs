@@ -4,7 +4,7 @@ use candle_core::{CudaDevice, Result, Storage, Tensor, WithDType, bail};
 
 use super::NAME;
 use super::args::{AttentionArgs, AttentionLayout, AttentionPass, HeadStrides};
-use super::shape::{Attention, GradLayout, Saved};
+use super::shape::{Attention, GradLayout, Inputs, Saved};
 use crate::cuda::sizes::Launch;
 use crate::cuda::{
     Kernel, Module, for_cuda_dtype, has_capability, launch, multiprocessors, optional_view, output,
@@ -79,23 +79,7 @@ fn kernel<T: WithDType>(
     Ok((kernel, launch))
 }
 
-/// The tensors that every pass reads.
-struct Inputs<'a> {
-    q: Input<'a>,
-    k: Input<'a>,
-    v: Input<'a>,
-    key_lengths: Option<Input<'a>>,
-    alibi_slopes: Option<Input<'a>>,
-}
-
-impl<'a> Inputs<'a> {
-    fn new(attention: &'a Attention, qkv: [&'a Tensor; 3]) -> Self {
-        let [q, k, v] = qkv.map(|x| Input::new(NAME, x));
-        let [key_lengths, alibi_slopes] = [&attention.key_lengths, &attention.alibi_slopes]
-            .map(|x| Input::optional(NAME, x.as_ref()));
-        Self { q, k, v, key_lengths, alibi_slopes }
-    }
-
+impl Inputs<'_> {
     fn views<T: CudaDType>(&self, [q, k, v]: [usize; 3]) -> Result<Views<'_, T>> {
         Ok(Views {
             q: self.q.view_from(q)?,
@@ -107,7 +91,7 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// The same from where each begins.
+/// The inputs from where each begins.
 struct Views<'a, T> {
     q: CudaView<'a, T>,
     k: CudaView<'a, T>,

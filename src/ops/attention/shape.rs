@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 use super::args::{AttentionArgs, AttentionLayout, HeadStrides};
 use super::{AttentionConfig, NAME};
 use crate::check::check_device;
+use crate::input::Input;
 use crate::mask::{DropMask, MaskArgs};
 
 /// A view whose elements along the last dimension are neighbours.
@@ -177,6 +178,24 @@ impl Attention {
         let strides = AttentionLayout { q: strides, k: strides, v: strides, o: strides };
         let [_, k, v] = self.packed_starts(head_size as usize);
         GradLayout { strides, packed: Some([k, v]) }
+    }
+}
+
+/// The tensors that a pass reads.
+pub(super) struct Inputs<'a> {
+    pub(super) q: Input<'a>,
+    pub(super) k: Input<'a>,
+    pub(super) v: Input<'a>,
+    pub(super) key_lengths: Option<Input<'a>>,
+    pub(super) alibi_slopes: Option<Input<'a>>,
+}
+
+impl<'a> Inputs<'a> {
+    pub(super) fn new(attention: &'a Attention, qkv: [&'a Tensor; 3]) -> Self {
+        let [q, k, v] = qkv.map(|x| Input::new(NAME, x));
+        let [key_lengths, alibi_slopes] = [&attention.key_lengths, &attention.alibi_slopes]
+            .map(|x| Input::optional(NAME, x.as_ref()));
+        Self { q, k, v, key_lengths, alibi_slopes }
     }
 }
 

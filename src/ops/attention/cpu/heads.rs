@@ -2,10 +2,10 @@
 
 use std::mem::MaybeUninit;
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use super::super::args::{AttentionArgs, HeadStrides};
-use super::super::{Attention, NAME};
+use super::super::shape::{Attention, Inputs};
 use super::{KEYS, MIN_PRODUCTS, QUERIES};
 use crate::cpu::{Element, Real, Scattered, optional_slice, panel};
 use crate::input::Input;
@@ -61,24 +61,6 @@ impl<E: Element> Output<'_, E> {
         for (out, x) in out.iter_mut().zip(x) {
             out.write(E::store(*x * scale));
         }
-    }
-}
-
-/// The tensors that a pass reads.
-pub(super) struct Inputs<'a> {
-    pub(super) q: Input<'a>,
-    k: Input<'a>,
-    v: Input<'a>,
-    key_lengths: Option<Input<'a>>,
-    alibi_slopes: Option<Input<'a>>,
-}
-
-impl<'a> Inputs<'a> {
-    pub(super) fn new(attention: &'a Attention, qkv: [&'a Tensor; 3]) -> Self {
-        let [q, k, v] = qkv.map(|x| Input::new(NAME, x));
-        let [key_lengths, alibi_slopes] = [&attention.key_lengths, &attention.alibi_slopes]
-            .map(|x| Input::optional(NAME, x.as_ref()));
-        Self { q, k, v, key_lengths, alibi_slopes }
     }
 }
 

@@ -7,13 +7,14 @@ mod tile;
 
 use candle_core::{Result, Storage, Tensor};
 
-use super::{Attention, GradLayout, NAME, Saved};
+use super::NAME;
+use super::shape::{Attention, GradLayout, Inputs, Saved};
 use crate::cpu::{Element, Real, Scattered, for_float_dtype, map_tasks, panel, scattered, storage};
 use crate::input::Input;
 use crate::mask::RUN;
 use backward::{Backward, Given, add_stripes, dots};
 use forward::Forward;
-use heads::{Head, Heads, Inputs, Output, Rows};
+use heads::{Head, Heads, Output, Rows};
 
 /// Queries of a tile.
 const QUERIES: usize = 64;
