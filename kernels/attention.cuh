@@ -1,8 +1,8 @@
 // What every attention kernel is given: which keys a query sees, what becomes of a score, what is dropped.
-// Twin of src/ops/attention/args.rs.
+// Twin of src/functional/attention/args.rs.
 //
-// Kernels compute in base 2, where an exponential is one instruction: a logit is t * log2(e), and
-// P = 2^(logit - lse * log2(e)). The lse that forward leaves for backward is a natural logarithm.
+// Scores become logits as on the CPU, and their exponentials are taken in base 2, where one is one instruction, of
+// their distance from a reference: the product with log2(e) would round logits far from 0 one by one.
 #pragma once
 
 #include "elem.cuh"
@@ -25,6 +25,10 @@ struct AttentionArgs {
     // Keys that query i sees before and after its own, the key i + keys - queries.
     uint32_t left;
     uint32_t right;
+    // 1: keys are dropped before the softmax, not weights behind it. The mask has a scale of 1 then, and what is
+    // dropped has a weight of 0 when the dropout of weights comes to it, so that nothing else differs.
+    uint32_t drop_key;
+    uint32_t padding;
 
     // The first key that a query sees.
     __device__ __forceinline__ uint32_t visible_begin(uint32_t query) const {
@@ -66,12 +70,13 @@ struct AttentionArgs {
         return key_lengths ? min(key_lengths[batch], keys) : keys;
     }
 };
-static_assert(sizeof(AttentionArgs) == 48 && offsetof(AttentionArgs, softcap) == 8 &&
+static_assert(sizeof(AttentionArgs) == 56 && offsetof(AttentionArgs, softcap) == 8 &&
                   offsetof(AttentionArgs, batches) == 16 && offsetof(AttentionArgs, heads) == 20 &&
                   offsetof(AttentionArgs, kv_heads) == 24 && offsetof(AttentionArgs, queries) == 28 &&
                   offsetof(AttentionArgs, keys) == 32 && offsetof(AttentionArgs, head_size) == 36 &&
-                  offsetof(AttentionArgs, left) == 40 && offsetof(AttentionArgs, right) == 44,
-              "as src/ops/attention/args.rs lays it out");
+                  offsetof(AttentionArgs, left) == 40 && offsetof(AttentionArgs, right) == 44 &&
+                  offsetof(AttentionArgs, drop_key) == 48,
+              "as src/functional/attention/args.rs lays it out");
 
 // Strides, in elements, of a tensor [B, H, S, D]; those of the last dimension are neighbours.
 struct HeadStrides {
@@ -111,10 +116,25 @@ struct AttentionLayout {
 static_assert(sizeof(AttentionLayout) == 96 && offsetof(HeadStrides, head) == 8 &&
                   offsetof(HeadStrides, row) == 16 && offsetof(AttentionLayout, k) == 24 &&
                   offsetof(AttentionLayout, v) == 48 && offsetof(AttentionLayout, o) == 72,
-              "as src/ops/attention/args.rs lays it out");
+              "as src/functional/attention/args.rs lays it out");
 
-constexpr float LOG2_E = 1.44269504088896341f;
-constexpr float LN_2 = 0.693147180559945309f;
+// What forward leaves of a query for backward: P = exp(logit - reference) * normaliser, where the kernels of halves
+// have the reference in base 2. Both stay apart, since their common logarithm would leave the probabilities no
+// digits where all logits of a row are far from 0. A query that sees no key has reference = inf, normaliser = 0.
+struct __align__(8) RowSoftmax {
+    float reference;
+    float normaliser;
+
+    // `sum` is that of exp(logit - reference).
+    __device__ __forceinline__ static RowSoftmax of(float reference, float sum) {
+        return sum == 0.f ? RowSoftmax{INFINITY, 0.f} : RowSoftmax{reference, 1.f / sum};
+    }
+};
+
+static_assert(sizeof(RowSoftmax) == 8, "two f32 a row, as src/functional/attention/cuda.rs allocates them");
+
+constexpr double LOG2_E_F64 = 1.44269504088896341;
+constexpr float LOG2_E = float(LOG2_E_F64);
 
 // Halves round to 8 or 11 bits: an absolute error of 2^-23 is enough for them, and half the instructions.
 template <typename T>
@@ -125,14 +145,14 @@ __device__ __forceinline__ float hyperbolic_tangent(float x) {
 // What becomes of the scores of one head.
 struct Logits {
     float scale;    // makes logits of q·k; with a softcap, what its tanh is taken of
-    float softcap;  // in base 2; 0 for none
-    float slope;    // in base 2; 0 for none
+    float softcap;  // 0 for none
+    float slope;    // 0 for none
 
     // `alibi_slopes` may be null.
     __device__ __forceinline__ Logits(const AttentionArgs& args, const float* alibi_slopes, uint32_t head)
-        : scale(float(args.softcap == 0. ? args.scale * LOG2_E_F64 : args.scale / args.softcap)),
-          softcap(float(args.softcap * LOG2_E_F64)),
-          slope(alibi_slopes ? alibi_slopes[head] * LOG2_E : 0.f) {}
+        : scale(float(args.softcap == 0. ? args.scale : args.scale / args.softcap)),
+          softcap(float(args.softcap)),
+          slope(alibi_slopes ? alibi_slopes[head] : 0.f) {}
 
     // Steps 1 and 2: scale and softcap.
     template <typename T>
@@ -142,9 +162,9 @@ struct Logits {
     }
 
     // Step 3: the penalty on the distance of a key from the one that is the query's own, which is
-    // i + keys - queries.
+    // i + keys - queries. Fused, so that every pass gets the same bits.
     __device__ __forceinline__ float biased(float capped, uint32_t own_key, uint32_t key) const {
-        return capped - slope * fabsf(float(int(own_key - key)));
+        return fmaf(-slope, fabsf(float(int(own_key - key))), capped);
     }
 
     // The slope of the softcap, where it gave `capped`.
@@ -152,8 +172,6 @@ struct Logits {
         const float tanh = softcap == 0.f ? 0.f : capped / softcap;
         return 1.f - tanh * tanh;
     }
-
-    static constexpr double LOG2_E_F64 = 1.44269504088896341;
 };
 
 // The draws of the keys `key` .. `key` + 8, a multiple of 8; `mask_row` comes from drop.rows.map(row) of a row of

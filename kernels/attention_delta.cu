@@ -1,5 +1,5 @@
 // attention_bwd_delta: what the gradients of attention scores have in common in a row, before the other
-// backward kernels run. Twin of the first step of backward in src/ops/attention/cpu/.
+// backward kernels run. Twin of the first step of backward in src/functional/attention/cpu/.
 //
 //     delta[b, h, i] = sum of o do over D  =  sum over the keys of P dP
 //

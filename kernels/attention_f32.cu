@@ -1,16 +1,17 @@
-// attention of f32: softmax(q k^T) v with dropout, never in memory as a whole. Twin of src/ops/attention/cpu/.
+// attention of f32: softmax(q k^T) v with dropout, never in memory as a whole. Twin of src/functional/attention/cpu/.
 // One text, since no other kernel shares the tiles that these three are written in.
 //
 //     s = scale * q·k      s = softcap * tanh(s / softcap)      t = s - slope * |i + Sk - Sq - j|
 //     P = softmax(t) over the visible keys        y = keep ? P * drop.scale : 0
-//     forward   o = y v,  lse = ln sum exp(t)
+//     DropKey: t = keep ? t : -inf                y = P
+//     forward   o = y v, and what the softmax of a row is made with
 //     backward  delta = sum of o do over D        dP = keep ? drop.scale * do·v : 0
 //               dt = P (dP - delta)               ds = dt * (1 - (s / softcap)^2)
 //               dq = scale * ds k                 dk = scale * ds^T q        dv = y^T do
 //
-// q, o, do, dq [B, H, Sq, D]; k, v, dk, dv [B, Hkv, Sk, D], D <= 256, strided but for D; lse, delta
+// q, o, do, dq [B, H, Sq, D]; k, v, dk, dv [B, Hkv, Sk, D], D <= 256, strided but for D; softmax, delta
 // [B, H, Sq], contiguous. Query head h reads key and value head h / (H / Hkv). A query that sees no key gives
-// zeros and lse = inf. Of a key that no query of a tile sees, nothing is read, so neither NaN nor inf; where
+// zeros. Of a key that no query of a tile sees, nothing is read, so neither NaN nor inf; where
 // only some see it, the others get 0 * v, as in the product of the materialised probabilities.
 // FLOPs: 4 Sq Sk D a head forward, 8 for dk and dv, 6 for dq, of tiles with a visible key only. Bytes are
 // few: a tile does 64 * 64 * 64 multiply-adds for each 3 * 16 KiB it loads, mostly from L2.
@@ -145,16 +146,22 @@ struct Query {
     uint32_t begin;
     uint32_t end;  // 0 for a query that does not exist
     uint64_t mask_row;
+    bool drops_keys;
 
     __device__ __forceinline__ Query(const AttentionArgs& args, const MaskArgs& drop, uint32_t length,
                                      uint64_t first_row, uint32_t row)
         : own_key(row + args.keys - args.queries),
           begin(args.visible_begin(row)),
           end(row < args.queries ? args.visible_end(row, length) : 0),
-          mask_row(drop.rows.map(first_row + row)) {}
+          mask_row(drop.rows.map(first_row + row)),
+          drops_keys(args.drop_key != 0) {}
 
-    __device__ __forceinline__ bool sees(uint32_t key) const { return key >= begin && key < end; }
+    __device__ __forceinline__ bool sees(uint32_t key, bool keep) const {
+        return key >= begin && key < end && (keep || !drops_keys);
+    }
 };
+
+__device__ __forceinline__ float exponential_of(float x) { return exp2f(x * LOG2_E); }
 
 // All 8 threads that share rows get the result.
 template <typename Op>
@@ -196,7 +203,7 @@ template <bool DROPS, int SLICES, int R>
 __device__ __forceinline__ void attention_fwd(const float* __restrict__ q, const float* __restrict__ k,
                                               const float* __restrict__ v, const uint32_t* __restrict__ key_lengths,
                                               const float* __restrict__ alibi_slopes, float* __restrict__ o,
-                                              float* __restrict__ lse, const AttentionArgs& args,
+                                              RowSoftmax* __restrict__ softmax, const AttentionArgs& args,
                                               const AttentionLayout& layout, const MaskArgs& drop) {
     __shared__ __align__(16) float query_tile[TILE_FLOATS];
     __shared__ __align__(16) float key_tile[TILE_FLOATS];
@@ -236,27 +243,28 @@ __device__ __forceinline__ void attention_fwd(const float* __restrict__ q, const
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             const Query query(args, drop, length, first_row, first_query + place.row + 4 * r);
+            Draws draws;
+            if (DROPS) draws = draw_keys(drop, query.mask_row, key);
             float new_max = max[r];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const float logit = logits.biased(logits.capped<float>(s[r][j]), query.own_key, key + j);
-                s[r][j] = query.sees(key + j) ? logit : -INFINITY;
+                const bool keep = !DROPS || keeps(drop, draws[j]);
+                s[r][j] = query.sees(key + j, keep) ? logit : -INFINITY;
                 new_max = fmaxf(new_max, s[r][j]);
             }
             new_max = reduce_row(new_max, Max());
             // With no visible key yet, 0 stands in for the maximum: all exponentials are 0 then.
             const float base = new_max == -INFINITY ? 0.f : new_max;
-            const float shrink = exp2f(max[r] - base);
+            const float shrink = exponential_of(max[r] - base);
             max[r] = new_max;
             sums[r] *= shrink;
 #pragma unroll
             for (int i = 0; i < SLICES * 8; ++i) o_sums[i / 8][r][i % 8] *= shrink;
 
-            Draws draws;
-            if (DROPS) draws = draw_keys(drop, query.mask_row, key);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const float e = exp2f(s[r][j] - base);
+                const float e = exponential_of(s[r][j] - base);
                 sums[r] += e;
                 const float kept = !DROPS || keeps(drop, draws[j]) ? e : 0.f;
                 query_tile[(place.row + 4 * r) * TILE_STRIDE + 8 * j + place.eighth] = kept;
@@ -288,28 +296,28 @@ __device__ __forceinline__ void attention_fwd(const float* __restrict__ q, const
             store_row(o_rows.start + row * o_rows.stride, slice * TILE_ROWS, place.eighth, head_size, is_vector,
                       o_sums[slice][r]);
         }
-        if (place.eighth == 0) {
-            lse[first_row + row] = sum == 0.f ? INFINITY : (max[r] + log2f(sum)) * LN_2;
-        }
+        if (place.eighth == 0) softmax[first_row + row] = RowSoftmax::of(max[r], sum);
     }
 }
 
 // The scores of a row at 8 keys become y / drop.scale, and the gradients of y become ds.
 template <bool DROPS>
 __device__ __forceinline__ void differentiate(float (&s)[8], float (&dp)[8], const Query& query, uint32_t key,
-                                              float lse, float delta, const Logits& logits, const MaskArgs& drop) {
+                                              RowSoftmax softmax, float delta, const Logits& logits,
+                                              const MaskArgs& drop) {
     Draws draws;
     if (DROPS) draws = draw_keys(drop, query.mask_row, key);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         const float capped = logits.capped<float>(s[j]);
         const float logit = logits.biased(capped, query.own_key, key + j);
-        const float p = exp2f(logit - lse * LOG2_E);
+        const float p = exponential_of(logit - softmax.reference) * softmax.normaliser;
         const bool keep = !DROPS || keeps(drop, draws[j]);
         const float kept_dp = keep ? (DROPS ? drop.scale * dp[j] : dp[j]) : 0.f;
         // By selection: neither the probability nor the gradient of a hidden key need be finite.
-        s[j] = query.sees(key + j) && keep ? p : 0.f;
-        dp[j] = query.sees(key + j) ? p * (kept_dp - delta) * logits.slope_of_cap(capped) : 0.f;
+        const bool sees = query.sees(key + j, keep);
+        s[j] = sees && keep ? p : 0.f;
+        dp[j] = sees ? p * (kept_dp - delta) * logits.slope_of_cap(capped) : 0.f;
     }
 }
 
@@ -318,7 +326,8 @@ __device__ __forceinline__ void attention_bwd_dq(const float* __restrict__ q, co
                                                  const float* __restrict__ v,
                                                  const uint32_t* __restrict__ key_lengths,
                                                  const float* __restrict__ alibi_slopes,
-                                                 const float* __restrict__ dout, const float* __restrict__ lse,
+                                                 const float* __restrict__ dout,
+                                                 const RowSoftmax* __restrict__ softmax,
                                                  const float* __restrict__ delta, float* __restrict__ dq,
                                                  const AttentionArgs& args, const AttentionLayout& layout,
                                                  const AttentionLayout& grads, const MaskArgs& drop) {
@@ -344,7 +353,7 @@ __device__ __forceinline__ void attention_bwd_dq(const float* __restrict__ q, co
     const Logits logits(args, alibi_slopes, head);
     const uint64_t first_row = args.first_row(batch, head);
 
-    const float* const lse_of_head = lse + first_row;
+    const RowSoftmax* const softmax_of_head = softmax + first_row;
     const float* const delta_of_head = delta + first_row;
     float dq_sums[SLICES][R][8];
     clear(dq_sums);
@@ -363,7 +372,7 @@ __device__ __forceinline__ void attention_bwd_dq(const float* __restrict__ q, co
             const uint32_t row = first_query + place.row + 4 * r;
             const Query query(args, drop, length, first_row, row);
             const uint32_t at = min(row, last_query);
-            differentiate<DROPS>(s[r], dp[r], query, first_key + 8 * place.eighth, lse_of_head[at],
+            differentiate<DROPS>(s[r], dp[r], query, first_key + 8 * place.eighth, softmax_of_head[at],
                                  delta_of_head[at], logits, drop);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
@@ -401,7 +410,8 @@ template <bool DROPS, int SLICES, int R>
 __device__ __forceinline__ void attention_bwd_dkdv(
     const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
     const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes, const float* __restrict__ dout,
-    const float* __restrict__ lse, const float* __restrict__ delta, float* __restrict__ dk, float* __restrict__ dv,
+    const RowSoftmax* __restrict__ softmax, const float* __restrict__ delta, float* __restrict__ dk,
+    float* __restrict__ dv,
     const AttentionArgs& args, const AttentionLayout& layout, const AttentionLayout& grads, const MaskArgs& drop) {
     __shared__ __align__(16) float query_tile[TILE_FLOATS];
     __shared__ __align__(16) float key_tile[TILE_FLOATS];
@@ -445,8 +455,8 @@ __device__ __forceinline__ void attention_bwd_dkdv(
                 const uint32_t row = first_query + place.row + 4 * r;
                 const Query query(args, drop, length, first_row, row);
                 const uint64_t at = first_row + min(row, args.queries - 1);
-                differentiate<DROPS>(s[r], dp[r], query, first_key + 8 * place.eighth, lse[at], delta[at], logits,
-                                     drop);
+                differentiate<DROPS>(s[r], dp[r], query, first_key + 8 * place.eighth, softmax[at], delta[at],
+                                     logits, drop);
             }
 
             // Step 3: y^T do and ds^T q, with the keys as rows.
@@ -498,19 +508,20 @@ __device__ __forceinline__ void attention_bwd_dkdv(
     KERNEL(512 / R, D == 64 ? 3 : 1) NAME##_d##D##_f32(                                                       \
         const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,                \
         const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                     \
-        float* __restrict__ o, float* __restrict__ lse, AttentionArgs args, AttentionLayout layout,           \
+        float* __restrict__ o, RowSoftmax* __restrict__ softmax, AttentionArgs args, AttentionLayout layout,  \
         MaskArgs drop) {                                                                                      \
-        attention_fwd<DROPS, D / 64, R>(q, k, v, key_lengths, alibi_slopes, o, lse, args, layout, drop);      \
+        attention_fwd<DROPS, D / 64, R>(q, k, v, key_lengths, alibi_slopes, o, softmax, args, layout, drop);  \
     }
 
 #define ATTENTION_BWD_DQ(NAME, D, DROPS, R)                                                                   \
     KERNEL(512 / R) NAME##_d##D##_f32(                                                                        \
         const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,                \
         const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                     \
-        const float* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,       \
+        const float* __restrict__ dout, const RowSoftmax* __restrict__ softmax,                               \
+        const float* __restrict__ delta,                                                                      \
         float* __restrict__ dq, AttentionArgs args, AttentionLayout layout, AttentionLayout grads,            \
         MaskArgs drop) {                                                                                      \
-        attention_bwd_dq<DROPS, D / 64, R>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dq, args, layout, \
+        attention_bwd_dq<DROPS, D / 64, R>(q, k, v, key_lengths, alibi_slopes, dout, softmax, delta, dq, args, layout, \
                                            grads, drop);                                                      \
     }
 
@@ -518,10 +529,11 @@ __device__ __forceinline__ void attention_bwd_dkdv(
     KERNEL(512 / R) NAME##_d##D##_f32(                                                                        \
         const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,                \
         const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                     \
-        const float* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,       \
+        const float* __restrict__ dout, const RowSoftmax* __restrict__ softmax,                               \
+        const float* __restrict__ delta,                                                                      \
         float* __restrict__ dk, float* __restrict__ dv, AttentionArgs args, AttentionLayout layout,           \
         AttentionLayout grads, MaskArgs drop) {                                                               \
-        attention_bwd_dkdv<DROPS, D / 64, R>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dk, dv, args, \
+        attention_bwd_dkdv<DROPS, D / 64, R>(q, k, v, key_lengths, alibi_slopes, dout, softmax, delta, dk, dv, args, \
                                              layout, grads, drop);                                            \
     }
 

@@ -1,18 +1,19 @@
 // attention of halves, f16 and bf16, on tensor cores (sm_80 and later): softmax(q k^T) v with dropout, never in
-// memory as a whole. Twin of src/ops/attention/cpu/. After Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
+// memory as a whole. Twin of src/functional/attention/cpu/. After Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
 // One text, since the three kernels are read beside each other: they differ in what stays and what is walked over.
 //
 //     s = scale * q·k      s = softcap * tanh(s / softcap)      t = s - slope * |i + Sk - Sq - j|
 //     P = softmax(t) over the visible keys        y = keep ? P * drop.scale : 0
-//     forward   o = y v,  lse = ln sum exp(t)
+//     DropKey: t = keep ? t : -inf                y = P
+//     forward   o = y v, and what the softmax of a row is made with
 //     backward  delta = sum of o do over D        dP = keep ? drop.scale * do·v : 0
 //               dt = P (dP - delta)               ds = dt * (1 - (s / softcap)^2)
 //               dq = scale * ds k                 dk = scale * ds^T q        dv = y^T do
 //
-// q, o, do, dq [B, H, Sq, D]; k, v, dk, dv [B, Hkv, Sk, D], strided but for D; lse, delta [B, H, Sq], f32,
+// q, o, do, dq [B, H, Sq, D]; k, v, dk, dv [B, Hkv, Sk, D], strided but for D; softmax, delta [B, H, Sq], f32,
 // contiguous. D is that of the instance or less. Query head h reads key and value head h / (H / Hkv).
 // Products of halves are summed in f32; P, y and ds pass through the dtype on their way into a product. A query
-// that sees no key gives zeros and lse = inf. Of a key that no query of a tile sees, nothing is read, so neither
+// that sees no key gives zeros. Of a key that no query of a tile sees, nothing is read, so neither
 // NaN nor inf; where only some see it, the others get 0 * v, as in the product of materialised probabilities.
 // FLOPs: 4 Sq Sk D a head forward, 8 for dk and dv, 6 for dq, of tiles with a visible key only. Bytes are few:
 // a tile of keys and values serves all queries of its block, and lies in L2.
@@ -47,7 +48,7 @@ constexpr float MARGIN = 8.f;
 
 template <int D, bool DROPS, typename T>
 __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
-                                              const float* alibi_slopes, T* o, float* lse,
+                                              const float* alibi_slopes, T* o, RowSoftmax* softmax,
                                               const AttentionArgs& args, const AttentionLayout& layout,
                                               const MaskArgs& drop) {
     extern __shared__ __align__(128) Bits shared[];
@@ -112,6 +113,7 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
         multiply_keys<T>(s, queries, k_tile(stage));
         if (!scores.is_plain) make_logits<T>(s, scores.logits(head), args, opaque(query), key);
         if (key < all_begin || key + KEYS > all_end) hide(s, args, opaque(query), key, length);
+        if (DROPS && args.drop_key) hide_dropped(s, mask, query, key, 0);
 
         bool grew = false;
         float largest[M][2];
@@ -183,8 +185,7 @@ __device__ __forceinline__ void attention_fwd(const T* q, const T* k, const T* v
             factor[m][h] = sum == 0.f ? 0.f : (DROPS ? drop.scale : 1.f) / sum;
             const uint32_t row = query + 16 * m + 8 * h;
             if (t == 0 && row < args.queries) {  // tail
-                lse[args.first_row(batch, head) + row] =
-                    sum == 0.f ? INFINITY : reference[m][h] * LN_2 + logf(sum);
+                softmax[args.first_row(batch, head) + row] = RowSoftmax::of(reference[m][h], sum);
             }
         }
     }
@@ -208,7 +209,7 @@ struct QueryGradientShape {
 
 template <int D, bool DROPS, typename T>
 __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
-                                                 const float* alibi_slopes, const T* dout, const float* lse,
+                                                 const float* alibi_slopes, const T* dout, const RowSoftmax* softmax,
                                                  const float* delta, T* dq, const AttentionArgs& args,
                                                  const AttentionLayout& layout, const AttentionLayout& grads,
                                                  const MaskArgs& drop) {
@@ -262,7 +263,7 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
     if (threadIdx.x < QUERIES) {
         const uint32_t row = first_query + threadIdx.x;
         const uint64_t first_row = args.first_row(batch, head);
-        rows[threadIdx.x] = row_statistics(lse, delta, first_row + row, row < args.queries);
+        rows[threadIdx.x] = row_statistics(softmax, delta, first_row + row, row < args.queries);
     }
     float dq_sums[M][D / 8][4] = {};
 
@@ -279,6 +280,7 @@ __device__ __forceinline__ void attention_bwd_dq(const T* q, const T* k, const T
         multiply_keys<T>(s, queries, k_tile(stage));
         if (!scores.is_plain) make_logits<T>(s, scores.logits(head), args, opaque(query), key);
         if (key < all_begin || key + KEYS > all_end) hide(s, args, opaque(query), key, length);
+        if (DROPS && args.drop_key) hide_dropped(s, mask, query, key, 0);
         multiply_keys<T>(dp, douts, v_tile(stage));
 
         uint32_t ds[M][N][2];
@@ -331,7 +333,7 @@ struct KeyGradientShape {
 
 template <int D, bool DROPS, typename T>
 __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const T* v, const uint32_t* key_lengths,
-                                                   const float* alibi_slopes, const T* dout, const float* lse,
+                                                   const float* alibi_slopes, const T* dout, const RowSoftmax* softmax,
                                                    const float* delta, T* dk, T* dv, const AttentionArgs& args,
                                                    const AttentionLayout& layout, const AttentionLayout& grads,
                                                    const MaskArgs& drop) {
@@ -414,7 +416,7 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
         if (threadIdx.x < QUERIES) {
             const uint32_t row = first_query + threadIdx.x;
             const uint64_t first_row = args.first_row(batch, head);
-            statistics = row_statistics(lse, delta, first_row + row, row < end);
+            statistics = row_statistics(softmax, delta, first_row + row, row < end);
         }
 
         float s[M][N][4] = {};
@@ -431,6 +433,7 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
         cp_async_wait<1>();
         __syncthreads();
         const HeadMask mask(drop, args, batch, head);
+        if (DROPS && args.drop_key) hide_dropped(s, mask, query, key, first);
 #pragma unroll
         for (int part = 0; part < M; part += PART) {
             float dp[PART][N][4] = {};
@@ -488,17 +491,17 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     KERNEL(THREADS, 2) NAME##_d##D##_##SUFFIX(                                                                \
         const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                            \
         const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes, T* __restrict__ o,  \
-        float* __restrict__ lse, AttentionArgs args, AttentionLayout layout, MaskArgs drop) {                 \
-        attention_fwd<D, DROPS>(q, k, v, key_lengths, alibi_slopes, o, lse, args, layout, drop);              \
+        RowSoftmax* __restrict__ softmax, AttentionArgs args, AttentionLayout layout, MaskArgs drop) {        \
+        attention_fwd<D, DROPS>(q, k, v, key_lengths, alibi_slopes, o, softmax, args, layout, drop);          \
     }
 
 #define ATTENTION_BWD_DQ(NAME, D, DROPS, SUFFIX, T)                                                           \
     KERNEL(THREADS, 2) NAME##_d##D##_##SUFFIX(                                                                \
         const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                            \
         const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                     \
-        const T* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,           \
+        const T* __restrict__ dout, const RowSoftmax* __restrict__ softmax, const float* __restrict__ delta,  \
         T* __restrict__ dq, AttentionArgs args, AttentionLayout layout, AttentionLayout grads, MaskArgs drop) { \
-        attention_bwd_dq<D, DROPS>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dq, args, layout, grads, \
+        attention_bwd_dq<D, DROPS>(q, k, v, key_lengths, alibi_slopes, dout, softmax, delta, dq, args, layout, grads, \
                                    drop);                                                                     \
     }
 
@@ -506,10 +509,10 @@ __device__ __forceinline__ void attention_bwd_dkdv(const T* q, const T* k, const
     KERNEL(THREADS, 2) NAME##_d##D##_##SUFFIX(                                                                \
         const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,                            \
         const uint32_t* __restrict__ key_lengths, const float* __restrict__ alibi_slopes,                     \
-        const T* __restrict__ dout, const float* __restrict__ lse, const float* __restrict__ delta,           \
+        const T* __restrict__ dout, const RowSoftmax* __restrict__ softmax, const float* __restrict__ delta,  \
         T* __restrict__ dk, T* __restrict__ dv, AttentionArgs args, AttentionLayout layout,                   \
         AttentionLayout grads, MaskArgs drop) {                                                               \
-        attention_bwd_dkdv<D, DROPS>(q, k, v, key_lengths, alibi_slopes, dout, lse, delta, dk, dv, args, layout, \
+        attention_bwd_dkdv<D, DROPS>(q, k, v, key_lengths, alibi_slopes, dout, softmax, delta, dk, dv, args, layout, \
                                      grads, drop);                                                            \
     }
 

@@ -11,37 +11,38 @@ __device__ __forceinline__ int key_of(int n) { return n / 4 * 32 + lane_id() % 4
 
 // Backward multiplies probabilities by this, and what they are multiplied with by its inverse, since the small
 // ones of long rows would be subnormal halves.
-constexpr float RAISED = 4096.f, LOG2_RAISED = 12.f;
+constexpr float RAISED = 4096.f;
 
 // What backward knows of a query; it lies in shared memory, since registers are scarce.
 struct RowStatistics {
-    float lse;    // in base 2, of raised probabilities
-    float delta;  // divided by RAISED
+    float reference;
+    float normaliser;  // times RAISED
+    float delta;       // divided by RAISED
 };
 
 // Rows that do not exist, and those that see nothing, have probabilities 0.
-__device__ __forceinline__ RowStatistics row_statistics(const float* lse, const float* delta, uint64_t row,
+__device__ __forceinline__ RowStatistics row_statistics(const RowSoftmax* softmax, const float* delta, uint64_t row,
                                                         bool exists) {
-    RowStatistics statistics = {INFINITY, 0.f};
-    if (exists) statistics.lse = lse[row] * LOG2_E - LOG2_RAISED;  // tail
-    if (statistics.lse != INFINITY) statistics.delta = delta[row] / RAISED;
-    return statistics;
+    RowSoftmax of_row = {INFINITY, 0.f};
+    if (exists) of_row = softmax[row];  // tail
+    const bool sees = of_row.reference != INFINITY;
+    return {of_row.reference, of_row.normaliser * RAISED, sees ? delta[row] / RAISED : 0.f};
 }
 
-// How scores become logits in base 2: by one product, the cheap way, or through all steps.
+// How scores become logits: by one product, the cheap way, or through all steps.
 struct Scores {
     const AttentionArgs& args;
     const float* alibi_slopes;
-    // A positive factor is applied together with the subtraction of the maximum. Any other, softcap and slopes
-    // turn scores into logits first, and leave 1 for it.
+    // Makes logits in base 2, together with the subtraction of the reference, so that no product is rounded alone.
+    // A scale that is not positive, softcap and slopes turn scores into logits first.
     bool is_plain;
     float factor;
 
     __device__ __forceinline__ Scores(const AttentionArgs& args, const float* alibi_slopes)
         : args(args), alibi_slopes(alibi_slopes) {
-        factor = float(args.scale * Logits::LOG2_E_F64);
+        factor = float(args.scale * LOG2_E_F64);
         is_plain = args.softcap == 0. && !alibi_slopes && factor > 0.f;
-        if (!is_plain) factor = 1.f;
+        if (!is_plain) factor = LOG2_E;
     }
 
     __device__ __forceinline__ bool is_capped() const { return args.softcap != 0.; }
@@ -135,6 +136,34 @@ struct HeadMask {
     }
 };
 
+// Of the draws of a lane, those of column tile n of the ones from `first` on, which is 0 or 2.
+__device__ __forceinline__ uint32_t draws_of(const Draws& draws, int first, int n) {
+    return first == 0 ? draws.word[n % 4] : draws.word[(n + 2) % 4];
+}
+
+// DropKey: selects -inf for the keys that are dropped, of the column tiles from `first` on. `query` is the lane's
+// first.
+template <int M, int N>
+__device__ __forceinline__ void hide_dropped(float (&s)[M][N][4], const HeadMask& mask, uint32_t query, int key,
+                                             int first) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            Draws draws;
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                if (n % 4 == 0) draws = mask.draw_keys(opaque(query + 16 * m + 8 * h), key + key_of(n));
+                const uint32_t word = draws_of(draws, first, n);
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    if (!mask.keeps(word, e)) s[m][n][2 * h + e] = -INFINITY;
+                }
+            }
+        }
+    }
+}
+
 // ---- Backward ---------------------------------------------------------------------------------------
 
 // From logits and dP of 16 queries and the column tiles first .. first + N: RAISED times the probabilities that
@@ -157,12 +186,12 @@ __device__ __forceinline__ void differentiate(const float (&s)[N][4], const floa
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             uint32_t word = 0;
-            if (DROPS) word = first == 0 ? draws.word[n] : draws.word[(n + 2) % 4];
+            if (DROPS) word = draws_of(draws, first, n);
             float y[2], dt[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const float t = s[n][2 * h + e];
-                const float p = exp2_approx(fmaf(t, factor, -statistics.lse));
+                const float p = exp2_approx(fmaf(t, factor, -statistics.reference)) * statistics.normaliser;
                 const bool keep = !DROPS || mask.keeps(word, e);
                 const float kept_dp = fmaf(dp[n][2 * h + e], dp_scale, -statistics.delta);
                 y[e] = keep ? p : 0.f;

@@ -1,4 +1,4 @@
-// column_sums: the column sums of what a mask keeps. Twin of src/ops/column_sums/cpu.rs.
+// column_sums: the column sums of what a mask keeps. Twin of src/functional/column_sums/cpu.rs.
 //
 //     forward   y[c] = sum over rows of (keep ? x * scale : 0)
 //

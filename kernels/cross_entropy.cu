@@ -1,12 +1,15 @@
-// cross_entropy: mean loss of logits and target classes. Twin of src/ops/cross_entropy/cpu.rs.
+// cross_entropy: loss of logits and target classes. Twin of src/functional/cross_entropy/cpu.rs.
 //
-//     forward   lse = log of the sum of exp(logits)       over the classes of a row
-//               row_loss = lse - logits[target] - uniform * sum of (logits - logits[target])
-//               loss = sum of row_loss / count            over the rows that are not ignored
-//     backward  dlogits = (exp(logits - lse) - uniform - (peak at the target)) * dloss / count
+//     forward   max, sum = sum of exp(logits - max)       over the classes of a row; lse = max + log(sum)
+//               row_loss = log(sum) + peak * (max - logits[target]) + uniform * sum of (max - logits) + z_loss * lse^2
+//               loss = row_weight * sum of row_loss       over the rows that are not ignored
+//               row_weight = 1 / count for their mean, 1 for their sum
+//     backward  p = exp(logits - max) * (1 + 2 z_loss lse) / sum
+//               dlogits = (p - uniform - (peak at the target)) * dloss * row_weight
 //
-// logits, dlogits [rows, classes]; targets [rows] i64; lse, row_loss [rows] f32; loss, inverse_count,
-// dloss one f32. A target that is no class makes its row_loss and lse, so its gradients, NaN.
+// logits, dlogits [rows, classes]; targets [rows] i64; statistics [rows, 2] f32, max and sum; row_loss [rows]
+// f32; loss, row_weight, dloss one f32. A target that is no class makes its row_loss and sum, so its gradients, NaN.
+// Max and sum stay apart, and losses are sums of terms of one sign: what logits have in common loses no digits.
 // Bytes moved an element: forward one read, backward one read and one write.
 // A team of blockDim.x threads (a power of two, 4 to 256) takes a row; threadIdx.y counts the teams of
 // a block, the grid strides over the rows. Each thread keeps a running maximum and rescales its sum when
@@ -18,15 +21,16 @@
 #include "elem.cuh"
 #include "reduce.cuh"
 
-// Sizes and settings, as src/ops/cross_entropy/args.rs fills them in.
+// Sizes and settings, as src/functional/cross_entropy/args.rs fills them in.
 struct CrossEntropyArgs {
     uint64_t rows;
     uint64_t classes;
     double uniform;  // label_smoothing / classes; rounded to f32 once
     double peak;     // 1 - label_smoothing
+    double z_loss;
     int64_t ignore_index;
-    uint32_t ignores;  // 1 if there is an ignore_index
-    uint32_t padding;
+    uint32_t ignores;   // 1 if there is an ignore_index
+    uint32_t averages;  // 1 for the mean of the rows that count, 0 for their sum
 
     __device__ __forceinline__ bool ignored(int64_t target) const {
         return ignores && target == ignore_index;
@@ -35,10 +39,11 @@ struct CrossEntropyArgs {
         return target >= 0 && uint64_t(target) < classes;
     }
 };
-static_assert(sizeof(CrossEntropyArgs) == 48 && offsetof(CrossEntropyArgs, uniform) == 16 &&
-                  offsetof(CrossEntropyArgs, peak) == 24 && offsetof(CrossEntropyArgs, ignore_index) == 32 &&
-                  offsetof(CrossEntropyArgs, ignores) == 40,
-              "as src/ops/cross_entropy/args.rs lays it out");
+static_assert(sizeof(CrossEntropyArgs) == 56 && offsetof(CrossEntropyArgs, uniform) == 16 &&
+                  offsetof(CrossEntropyArgs, peak) == 24 && offsetof(CrossEntropyArgs, z_loss) == 32 &&
+                  offsetof(CrossEntropyArgs, ignore_index) == 40 && offsetof(CrossEntropyArgs, ignores) == 48 &&
+                  offsetof(CrossEntropyArgs, averages) == 52,
+              "as src/functional/cross_entropy/args.rs lays it out");
 
 // The parts of a row of `cols` elements: head, then `middle` elements in whole aligned vectors, then the
 // rest. Without vectors everything is head.
@@ -64,10 +69,8 @@ template <typename T>
 struct Sums {
     float max = -INFINITY;
     float exponentials = 0.f;  // of logit - max
-    float above_target = 0.f;  // of logit - of_target
-    float of_target;
-
-    __device__ __forceinline__ explicit Sums(float of_target) : of_target(of_target) {}
+    float below_max = 0.f;     // of max - logit
+    float count = 0.f;
 
     // What the exponentials are taken of: with every logit at -inf so far, 0 stands in for the maximum.
     __device__ __forceinline__ float shift() const { return max == -INFINITY ? 0.f : max; }
@@ -77,24 +80,30 @@ struct Sums {
         float grown = max;
 #pragma unroll
         for (int j = 0; j < N; ++j) grown = fmaxf(grown, x[j]);
-        if (grown > max) {
-            exponentials *= exponential<T>(max - grown);  // by 0 at the first maximum
-            max = grown;
-        }
+        raise(grown);
         const float from = shift();
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             exponentials += exponential<T>(x[j] - from);
-            above_target += x[j] - of_target;
+            below_max += from - x[j];
         }
+        count += N;
+    }
+
+    // To a maximum that is no smaller.
+    __device__ __forceinline__ void raise(float grown) {
+        if (!(grown > max)) return;
+        exponentials *= exponential<T>(max - grown);  // by 0 at the first maximum
+        if (count > 0.f) below_max += count * (grown - max);
+        max = grown;
     }
 };
 
 template <typename T>
 __device__ __forceinline__ void cross_entropy_fwd(const T* __restrict__ logits, const int64_t* __restrict__ targets,
-                                                  float* __restrict__ lse, float* __restrict__ row_loss,
+                                                  float* __restrict__ statistics, float* __restrict__ row_loss,
                                                   const CrossEntropyArgs& args) {
-    __shared__ float scratch[MAX_WARPS];
+    __shared__ float scratch[2 * MAX_WARPS];
     // Teams without a row of their own do the last row again, since reductions need all threads.
     for (uint64_t first = uint64_t(blockIdx.x) * blockDim.y; first < args.rows;
          first += uint64_t(gridDim.x) * blockDim.y) {
@@ -108,7 +117,7 @@ __device__ __forceinline__ void cross_entropy_fwd(const T* __restrict__ logits, 
 
         // Step 1: the sums of each thread. A row that is ignored is not read.
         const Parts parts(row, ignored ? 0 : args.classes, true);
-        Sums<T> sums(of_target);
+        Sums<T> sums;
         parts.for_each_single([&](uint64_t col) { sums.add({widen(row[col])}); });
         Fetched<true, T> fetched[TILE];
         for_each_vector<TILE>(
@@ -124,32 +133,31 @@ __device__ __forceinline__ void cross_entropy_fwd(const T* __restrict__ logits, 
             });
 
         // Step 2: those of the team.
-        const float thread_max = sums.max;
-        sums.max = team_reduce(sums.max, scratch, Max());
-        sums.exponentials *= exponential<T>(thread_max - sums.shift());  // by 0 if a thread saw nothing
-        const float exponentials = team_reduce(sums.exponentials, scratch, Sum());
-        const float above_target = team_reduce(sums.above_target, scratch, Sum());
+        sums.raise(team_reduce(sums.max, scratch, Max()));
+        float of_team[2] = {sums.exponentials, sums.below_max};
+        team_merge(of_team, scratch, [](float(&a)[2], const float(&b)[2]) { a[0] += b[0], a[1] += b[1]; });
         if (!is_mine || threadIdx.x != 0) continue;
 
-        // Step 3: the loss of the row, from differences of logits, so that what they have in common loses
-        // no digits. A target at -inf has an infinite loss as it is.
-        float log_sum = 0.f, loss = 0.f;
-        if (!ignored) {
-            log_sum = is_class ? logf(exponentials) : NAN;
-            loss = log_sum + (sums.max - of_target);
-            if (args.uniform != 0. && of_target != -INFINITY) loss -= float(args.uniform) * above_target;
-        }
-        lse[r] = ignored ? 0.f : sums.max + log_sum;
-        row_loss[r] = loss;
+        // Step 3: the loss of the row.
+        const float sum = is_class ? of_team[0] : NAN;
+        const float log_sum = logf(sum);
+        float loss = log_sum;
+        // By selection: a difference from a logit at -inf, which counts nothing, would be NaN.
+        if (args.peak != 0.) loss += float(args.peak) * (sums.max - of_target);
+        if (args.uniform != 0.) loss += float(args.uniform) * of_team[1];
+        if (args.z_loss != 0.) loss += float(args.z_loss) * (sums.max + log_sum) * (sums.max + log_sum);
+        statistics[2 * r] = ignored ? 0.f : sums.max;
+        statistics[2 * r + 1] = ignored ? 1.f : sum;
+        row_loss[r] = ignored ? 0.f : loss;
     }
 }
 
-// The mean: one block, whose threads add up in f64 and always in the same order.
+// Mean or sum: one block, whose threads add up in f64 and always in the same order.
 constexpr int TOTAL_THREADS = 256;
 
 KERNEL(TOTAL_THREADS)
 cross_entropy_fwd_total(const float* __restrict__ row_loss, const int64_t* __restrict__ targets,
-                        float* __restrict__ loss, float* __restrict__ inverse_count, CrossEntropyArgs args) {
+                        float* __restrict__ loss, float* __restrict__ row_weight, CrossEntropyArgs args) {
     __shared__ double totals[TOTAL_THREADS];
     __shared__ double counts[TOTAL_THREADS];
     const int thread = threadIdx.x;
@@ -168,18 +176,18 @@ cross_entropy_fwd_total(const float* __restrict__ row_loss, const int64_t* __res
         }
     }
     if (thread != 0) return;
-    const double inverse = counts[0] == 0. ? 0. : 1. / counts[0];
-    *loss = float(totals[0] * inverse);
-    *inverse_count = float(inverse);
+    const double weight = args.averages ? 1. / fmax(counts[0], 1.) : 1.;
+    *loss = float(totals[0] * weight);
+    *row_weight = float(weight);
 }
 
 template <typename T>
 __device__ __forceinline__ void cross_entropy_bwd(const T* __restrict__ logits, const int64_t* __restrict__ targets,
-                                                  const float* __restrict__ lse,
-                                                  const float* __restrict__ inverse_count,
+                                                  const float* __restrict__ statistics,
+                                                  const float* __restrict__ row_weight,
                                                   const float* __restrict__ dloss, T* __restrict__ dlogits,
                                                   const CrossEntropyArgs& args) {
-    const float scale = *dloss * *inverse_count;
+    const float scale = *dloss * *row_weight;
     const float uniform = float(args.uniform), peak = float(args.peak);
     const bool vectors = (reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(dlogits)) % 16 == 0;
     for (uint64_t r = uint64_t(blockIdx.x) * blockDim.y + threadIdx.y; r < args.rows;
@@ -188,9 +196,11 @@ __device__ __forceinline__ void cross_entropy_bwd(const T* __restrict__ logits, 
         T* drow = dlogits + r * args.classes;
         const int64_t target = targets[r];
         const bool ignored = args.ignored(target);
-        const float row_lse = lse[r];
+        const float max = statistics[2 * r], sum = statistics[2 * r + 1];
+        // Of the probabilities, with what the z-loss adds to their gradient.
+        const float normaliser = (1.f + 2.f * float(args.z_loss) * (max + logf(sum))) / sum;
         auto gradient = [&](float logit, bool is_target) {
-            const float p = exponential<T>(logit - row_lse) - uniform;
+            const float p = exponential<T>(logit - max) * normaliser - uniform;
             return ignored ? 0.f : (is_target ? p - peak : p) * scale;
         };
 
@@ -218,15 +228,15 @@ __device__ __forceinline__ void cross_entropy_bwd(const T* __restrict__ logits, 
 
 #define CROSS_ENTROPY(SUFFIX, T)                                                                               \
     KERNEL(256) cross_entropy_fwd_##SUFFIX(const T* __restrict__ logits, const int64_t* __restrict__ targets,  \
-                                           float* __restrict__ lse, float* __restrict__ row_loss,              \
+                                           float* __restrict__ statistics, float* __restrict__ row_loss,       \
                                            CrossEntropyArgs args) {                                            \
-        cross_entropy_fwd(logits, targets, lse, row_loss, args);                                               \
+        cross_entropy_fwd(logits, targets, statistics, row_loss, args);                                        \
     }                                                                                                          \
     KERNEL(256) cross_entropy_bwd_##SUFFIX(const T* __restrict__ logits, const int64_t* __restrict__ targets,  \
-                                           const float* __restrict__ lse,                                      \
-                                           const float* __restrict__ inverse_count,                            \
+                                           const float* __restrict__ statistics,                               \
+                                           const float* __restrict__ row_weight,                               \
                                            const float* __restrict__ dloss, T* __restrict__ dlogits,           \
                                            CrossEntropyArgs args) {                                            \
-        cross_entropy_bwd(logits, targets, lse, inverse_count, dloss, dlogits, args);                          \
+        cross_entropy_bwd(logits, targets, statistics, row_weight, dloss, dlogits, args);                      \
     }
 FOR_EACH_DTYPE(CROSS_ENTROPY)

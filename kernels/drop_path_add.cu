@@ -1,5 +1,5 @@
 // drop_path_add: a residual branch that is dropped as a whole, sample by sample. Twin of
-// src/ops/drop_path_add/cpu.rs.
+// src/functional/drop_path_add/cpu.rs.
 //
 //     forward   y[n] = residual[n] + (keep[n] ? x[n] * scale : 0)
 //     backward  dx[n] = keep[n] ? dy[n] * scale : 0     the same kernel without a residual

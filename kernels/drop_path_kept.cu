@@ -1,4 +1,4 @@
-// drop_path_kept: both ways between a batch and its kept samples. Twin of src/ops/drop_path_kept/cpu.rs.
+// drop_path_kept: both ways between a batch and its kept samples. Twin of src/functional/drop_path_kept/cpu.rs.
 //
 //     y[n] = residual[n] + (places[n] is NOWHERE ? 0 : x[places[n]] * scale)
 //

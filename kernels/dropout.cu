@@ -1,4 +1,4 @@
-// dropout: zeroes elements at random and scales the others. Twin of src/ops/dropout/cpu.rs.
+// dropout: zeroes elements at random and scales the others. Twin of src/functional/dropout/cpu.rs.
 //
 //     forward   y  = keep ? x * scale : 0
 //     backward  dx = keep ? dy * scale : 0          the forward kernel, applied to dy

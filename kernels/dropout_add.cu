@@ -1,5 +1,5 @@
 // dropout_add: the dropout of a biased branch, added to its residual stream. Twin of
-// src/ops/dropout_add/cpu.rs.
+// src/functional/dropout_add/cpu.rs.
 //
 //     forward   y = residual + (keep ? (x + bias) * scale : 0)
 //     backward  dx = dropout of dy: kernel dropout_fwd

@@ -1,5 +1,5 @@
 // dropout_add_norm: the dropout of a biased branch, added to its residual stream, and the norm of the sum.
-// Twin of src/ops/dropout_add_norm/cpu.rs.
+// Twin of src/functional/dropout_add_norm/cpu.rs.
 //
 //     forward   z = residual + (keep ? (x + bias) * scale : 0)
 //               n = (z - mean) * rstd * weight + norm_bias        rstd = 1 / sqrt(variance + eps)
@@ -77,7 +77,7 @@ __device__ __forceinline__ void dropout_add_norm_fwd(
     const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ bias,
     const T* __restrict__ weight, const T* __restrict__ norm_bias, T* z, T* __restrict__ n, uint64_t rows,
     uint64_t cols, float eps, uint32_t removes_mean, const MaskArgs& mask) {
-    __shared__ float scratch[MAX_WARPS];
+    __shared__ float scratch[SCRATCH];
     auto take_rows = [&](auto vector, auto resident) {
         dropout_add_norm_fwd_rows<decltype(vector)::value, decltype(resident)::value>(
             x, residual, bias, weight, norm_bias, z, n, rows, cols, eps, removes_mean, mask, scratch);

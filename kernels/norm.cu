@@ -1,8 +1,8 @@
-// norm: LayerNorm and RMSNorm of rows. Twin of src/ops/norm/cpu.rs.
+// norm: LayerNorm and RMSNorm of rows. Twin of src/functional/norm/cpu.rs.
 //
 //     forward   y = (x - mean) * rstd * weight + bias        rstd = 1 / sqrt(variance + eps)
 //     backward  h = (x - mean) * rstd, g = dy * weight
-//               dx = rstd * (g - mean of g - h * mean of g h)
+//               dx = rstd * (g - mean of g - h * mean of g h), the mean of g in two parts as that of x
 //               dweight[c] = sum over rows of dy h, dbias[c] = sum over rows of dy
 //
 // x, y, dy, dx [rows, cols]; weight, bias, dweight, dbias [cols]; bias may be null. RMSNorm: removes_mean is 0,
@@ -97,7 +97,7 @@ __device__ __forceinline__ void norm_bwd_rows(const T* __restrict__ x, const T* 
         row.take_statistics(eps, removes_mean, scratch);
 
         // Step 2: h = (x - mean) * rstd in place of x; the sums over rows.
-        float thread_g = 0.f, thread_gh = 0.f;
+        Extent extent_of_g;
         auto load_dy_and_g = [&](int i, uint64_t col, float (&d)[WIDTH], float (&g)[WIDTH]) {
             const int count = count_at(col, cols);
             if (!RESIDENT) {
@@ -121,13 +121,12 @@ __device__ __forceinline__ void norm_bwd_rows(const T* __restrict__ x, const T* 
             float(&h)[WIDTH] = row.v[i];
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                h[j] = (h[j] - row.mean) * row.rstd;
+                h[j] = row.centered(i, j) * row.rstd;
                 if (is_mine) {
                     dweight_sum[i][j] += d[j] * h[j];
                     dbias_sum[i][j] += d[j];
                 }
-                thread_g += g[j];
-                thread_gh += g[j] * h[j];
+                extent_of_g.add(g[j]);  // zeros behind the end widen the range at most
             }
             if (!RESIDENT) {
                 store<false>(dweight + col, count, dweight_sum[i]);
@@ -135,9 +134,25 @@ __device__ __forceinline__ void norm_bwd_rows(const T* __restrict__ x, const T* 
             }
         });
 
-        // Step 3: the sums over columns.
-        const float mean_g = removes_mean ? team_reduce(thread_g, scratch, Sum()) / float(cols) : 0.f;
-        const float mean_gh = team_reduce(thread_gh, scratch, Sum()) / float(cols);
+        // Step 3: the mean of g; the rest of it, and the mean of g h without it.
+        const float mean_g = removes_mean ? extent_of_g.team_mean(cols, scratch) : 0.f;
+        float sums_of_g[2] = {};
+        for_each_vector<N>(cols, [&](int i, uint64_t col) {
+            if (col >= cols) return;  // tail
+            float d[WIDTH], g[WIDTH];
+            load_dy_and_g(i, col, d, g);
+            const int count = count_at(col, cols);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) {
+                const float h = RESIDENT ? row.v[i][j] : row.centered(i, j) * row.rstd;
+                const float left = j < count ? g[j] - mean_g : 0.f;  // tail
+                sums_of_g[0] += left;
+                sums_of_g[1] += left * h;
+            }
+        });
+        team_merge(sums_of_g, scratch, [](float(&a)[2], const float(&b)[2]) { a[0] += b[0], a[1] += b[1]; });
+        const float rest_of_g = removes_mean ? sums_of_g[0] / float(cols) : 0.f;
+        const float mean_gh = sums_of_g[1] / float(cols);
         if (!is_mine) continue;
 
         // Step 4: the gradient.
@@ -147,8 +162,8 @@ __device__ __forceinline__ void norm_bwd_rows(const T* __restrict__ x, const T* 
             load_dy_and_g(i, col, d, g);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
-                const float h = RESIDENT ? row.v[i][j] : (row.v[i][j] - row.mean) * row.rstd;
-                g[j] = (g[j] - mean_g - h * mean_gh) * row.rstd;
+                const float h = RESIDENT ? row.v[i][j] : row.centered(i, j) * row.rstd;
+                g[j] = (g[j] - mean_g - rest_of_g - h * mean_gh) * row.rstd;
             }
             store<VECTOR>(dx + start + col, count_at(col, cols), g);
         });
@@ -186,7 +201,7 @@ template <typename T>
 __device__ __forceinline__ void norm_fwd(const T* __restrict__ x, const T* __restrict__ weight,
                                          const T* __restrict__ bias, T* __restrict__ y, uint64_t rows,
                                          uint64_t cols, float eps, uint32_t removes_mean) {
-    __shared__ float scratch[MAX_WARPS];
+    __shared__ float scratch[SCRATCH];
     if (!rows_are_vectors(cols, x, weight, bias, y)) {
         norm_fwd_rows<false, false>(x, weight, bias, y, rows, cols, eps, removes_mean, scratch);
     } else if (!fits_in_registers(cols)) {
@@ -202,7 +217,7 @@ template <typename T>
 __device__ __forceinline__ void norm_bwd(const T* __restrict__ x, const T* __restrict__ weight,
                                          const T* __restrict__ dy, T* __restrict__ dx, float* __restrict__ sums,
                                          uint64_t rows, uint64_t cols, float eps, uint32_t removes_mean) {
-    __shared__ float scratch[MAX_WARPS];
+    __shared__ float scratch[SCRATCH];
     __shared__ float partial[THREADS * TILE * WIDTH];
     auto take_rows = [&](auto vector, auto resident) {
         norm_bwd_rows<decltype(vector)::value, decltype(resident)::value>(

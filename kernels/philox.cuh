@@ -7,6 +7,10 @@
 //
 //     counter = (col / 8, row >> 32, row, 0),  u16 = half-word col % 8 of the four words.
 //
+// Ops that need a uniform or normal number a column take a whole word, of other calls:
+//
+//     counter = (col / 4, row >> 32, row, 1),  u32 = word col % 4.
+//
 // Cost of a call: 14 wide multiplies and 14 three-way XORs; the key schedule is uniform over the block.
 #pragma once
 
@@ -33,8 +37,9 @@ struct Draws {
     }
 };
 
-__device__ __forceinline__ Draws philox(const uint32_t (&key)[2], uint64_t row, uint32_t block) {
-    uint32_t c0 = block, c1 = uint32_t(row >> 32), c2 = uint32_t(row), c3 = 0;
+// The last word of the counter says which draws these are: 0 for 16 bits a column, 1 for 32.
+__device__ __forceinline__ Draws philox(const uint32_t (&key)[2], uint64_t row, uint32_t block, uint32_t kind = 0) {
+    uint32_t c0 = block, c1 = uint32_t(row >> 32), c2 = uint32_t(row), c3 = kind;
     uint32_t k0 = key[0], k1 = key[1];
 #pragma unroll
     for (int round = 0; round < 7; ++round) {
@@ -77,6 +82,20 @@ __device__ __forceinline__ Draws draw_unaligned(const MaskArgs& mask, uint64_t m
 #pragma unroll
     for (int i = 0; i < 4; ++i) word[i] = skip & 1 ? word[i] >> 16 | word[i + 1] << 16 : word[i];
     return {{word[0], word[1], word[2], word[3]}};
+}
+
+// The 32-bit draws of the tensor's columns col .. col + 4, where col_0 + col is a multiple of 4: column col + i has
+// word i.
+__device__ __forceinline__ Draws draw_wide(const MaskArgs& mask, uint64_t mask_row, uint64_t col) {
+    return philox(mask.key, mask_row, uint32_t((mask.col_0 + col) / 4), 1);
+}
+
+// The same for one column, wherever it lies.
+__device__ __forceinline__ uint32_t draw_wide_one(const MaskArgs& mask, uint64_t mask_row, uint64_t col) {
+    const Draws draws = draw_wide(mask, mask_row, col);
+    const uint32_t low = (mask.col_0 + col) & 1 ? draws.word[1] : draws.word[0];
+    const uint32_t high = (mask.col_0 + col) & 1 ? draws.word[3] : draws.word[2];
+    return (mask.col_0 + col) & 2 ? high : low;
 }
 
 __device__ __forceinline__ bool keeps(const MaskArgs& mask, uint32_t draw) {

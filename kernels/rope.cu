@@ -1,4 +1,4 @@
-// rope: rotary position embeddings. Twin of src/ops/rope/cpu.rs.
+// rope: rotary position embeddings. Twin of src/functional/rope/cpu.rs.
 //
 //     forward   y1 = x1 * cos - x2 * sin      y2 = x1 * sin + x2 * cos      for each pair of a row
 //     backward  the same kernel with sin_sign = -1
@@ -17,7 +17,7 @@
 
 #include "elem.cuh"
 
-// Where the rows lie, as src/ops/rope/args.rs fills it in.
+// Where the rows lie, as src/functional/rope/args.rs fills it in.
 struct RopeArgs {
     uint64_t batches;
     uint64_t heads;
@@ -31,9 +31,9 @@ struct RopeArgs {
 static_assert(sizeof(RopeArgs) == 72 && offsetof(RopeArgs, half) == 24 && offsetof(RopeArgs, x_strides) == 32 &&
                   offsetof(RopeArgs, table_stride) == 56 && offsetof(RopeArgs, sin_sign) == 64 &&
                   offsetof(RopeArgs, interleaved) == 68,
-              "as src/ops/rope/args.rs lays it out");
+              "as src/functional/rope/args.rs lays it out");
 
-// Heads that a thread rotates together; `RopeArgs::launch` of src/ops/rope/args.rs knows it too.
+// Heads that a thread rotates together; `RopeArgs::launch` of src/functional/rope/args.rs knows it too.
 constexpr int HEADS = 4;
 
 // One pair by one angle; products and sums round one by one, as on the CPU.

@@ -1,9 +1,12 @@
-// softmax_dropout: attention probabilities from scores. Twin of src/ops/softmax_dropout/cpu.rs.
+// softmax_dropout: attention probabilities from scores. Twin of src/functional/softmax_dropout/cpu.rs.
 //
 //     t = scale * scores + mask        P = softmax(t) over the keys
 //     forward   y = keep ? P * drop.scale : 0
 //     backward  dP = keep ? dy * drop.scale : 0
-//               dscores = grad_scale * P * (dP - sum of P dP)
+//               dscores = grad_scale * P * (dP - sum of P dP), the sum once more of what that leaves of dP
+//
+// DropKey drops keys instead, before the softmax: t = keep ? t : -inf. Its mask has a scale of 1, and whatever is
+// dropped has a weight of 0 when the dropout of weights comes to it, so that nothing else differs.
 //
 // scores, y, dy, dscores [rows, keys]; additive mask [.., keys or 1], may be null. A row without any
 // visible key gives zeros.
@@ -17,15 +20,15 @@
 #include "philox.cuh"
 #include "reduce.cuh"
 
-// How scores become softmax inputs, as src/ops/softmax_dropout/args.rs fills it in.
+// How scores become softmax inputs, as src/functional/softmax_dropout/args.rs fills it in.
 struct ScoreArgs {
     uint64_t queries;
     RowMap additive_rows;    // row of the additive mask for a row of the scores
     uint64_t additive_cols;  // as many as there are keys, or 1 if it is broadcast over them
     double scale;            // rounded to f32 once, in a register that all threads share
     double grad_scale;
-    uint32_t causal;  // 1: query i sees the keys up to i + keys - queries
-    uint32_t padding;
+    uint32_t causal;    // 1: query i sees the keys up to i + keys - queries
+    uint32_t drop_key;  // 1: keys are dropped, not weights
 
     __device__ __forceinline__ uint64_t visible(uint64_t row, uint64_t keys) const {
         if (!causal) return keys;
@@ -35,8 +38,9 @@ struct ScoreArgs {
 };
 static_assert(sizeof(ScoreArgs) == 104 && offsetof(ScoreArgs, additive_rows) == 8 &&
                   offsetof(ScoreArgs, additive_cols) == 72 && offsetof(ScoreArgs, scale) == 80 &&
-                  offsetof(ScoreArgs, grad_scale) == 88 && offsetof(ScoreArgs, causal) == 96,
-              "as src/ops/softmax_dropout/args.rs lays it out");
+                  offsetof(ScoreArgs, grad_scale) == 88 && offsetof(ScoreArgs, causal) == 96 &&
+                  offsetof(ScoreArgs, drop_key) == 100,
+              "as src/functional/softmax_dropout/args.rs lays it out");
 
 template <bool VECTOR, typename T>
 struct Row {
@@ -46,16 +50,26 @@ struct Row {
     uint64_t keys;
     uint64_t visible;
     float scale;
+    bool drops_keys;
+    const MaskArgs& drop;
+    uint64_t mask_row;
 
     __device__ __forceinline__ Row(const T* all_scores, const T* all_additive, const ScoreArgs& args,
-                                   uint64_t row, uint64_t keys)
+                                   const MaskArgs& drop, uint64_t row, uint64_t keys)
         : scores(all_scores + row * keys),
           additive(all_additive ? all_additive + args.additive_rows.map(row) * args.additive_cols
                                 : nullptr),
           additive_step(args.additive_cols == 1 ? 0 : 1),
           keys(keys),
           visible(args.visible(row, keys)),
-          scale(float(args.scale)) {}
+          scale(float(args.scale)),
+          drops_keys(args.drop_key != 0),
+          drop(drop),
+          mask_row(drop.rows.map(row)) {}
+
+    __device__ __forceinline__ Draws draw_keys(uint64_t key) const {
+        return VECTOR ? draw(drop, mask_row, key) : draw_unaligned(drop, mask_row, key);
+    }
 
     // Softmax inputs of the 8 keys from `key` on; -inf where a key is masked or does not exist.
     __device__ __forceinline__ void load_inputs(uint64_t key, float (&t)[WIDTH]) const {
@@ -77,6 +91,14 @@ struct Row {
             t[j] = j < count ? __fadd_rn(__fmul_rn(t[j], scale), bias[j]) : -INFINITY;  // tail
         }
     }
+
+    // Of these, -inf where the key is dropped.
+    __device__ __forceinline__ void hide_dropped(uint64_t key, float (&t)[WIDTH]) const {
+        if (!drops_keys) return;
+        const Draws draws = draw_keys(key);
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) t[j] = keeps(drop, draws[j]) ? t[j] : -INFINITY;
+    }
 };
 
 // What the steps of a row share: its softmax inputs, then their exponentials. RESIDENT: the row has one
@@ -92,18 +114,20 @@ struct Softmax {
     // Steps 1 and 2: the maximum, then the sum of the exponentials. All threads of the block call it.
     __device__ __forceinline__ Softmax(const Row<VECTOR, T>& row, float* scratch) : row(row) {
         float thread_max = -INFINITY;
-        for_each_vector<N>(row.keys, [&](int i, uint64_t key) {
-            row.load_inputs(key, t[i]);
+        for_each_vector<N>(
+            row.keys, [&](int i, uint64_t key) { row.load_inputs(key, t[i]); },
+            [&](int i, uint64_t key) {
+                row.hide_dropped(key, t[i]);
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) thread_max = fmaxf(thread_max, t[i][j]);
-        });
+                for (int j = 0; j < WIDTH; ++j) thread_max = fmaxf(thread_max, t[i][j]);
+            });
         max = team_reduce(thread_max, scratch, Max());
         // With every key at -inf, 0 stands in for the maximum: all exponentials are 0 then.
         if (max == -INFINITY) max = 0.f;
 
         float thread_sum = 0.f;
         for_each_vector<N>(row.keys, [&](int i, uint64_t key) {
-            if (!RESIDENT) row.load_inputs(key, t[i]);
+            if (!RESIDENT) reload_inputs(i, key);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
                 t[i][j] = exponential<T>(t[i][j] - max);
@@ -117,11 +141,16 @@ struct Softmax {
     // The exponentials of the thread's vector i, which begins at `key`.
     __device__ __forceinline__ float (&exponentials(int i, uint64_t key))[WIDTH] {
         if (!RESIDENT) {
-            row.load_inputs(key, t[i]);
+            reload_inputs(i, key);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) t[i][j] = exponential<T>(t[i][j] - max);
         }
         return t[i];
+    }
+
+    __device__ __forceinline__ void reload_inputs(int i, uint64_t key) {
+        row.load_inputs(key, t[i]);
+        row.hide_dropped(key, t[i]);
     }
 };
 
@@ -136,16 +165,15 @@ __device__ __forceinline__ void softmax_dropout_fwd_rows(const T* __restrict__ s
          first += uint64_t(gridDim.x) * blockDim.y) {
         const bool is_mine = first + threadIdx.y < rows;
         const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
-        const Row<VECTOR, T> row(scores, additive, args, r, keys);
+        const Row<VECTOR, T> row(scores, additive, args, drop, r, keys);
         Softmax<VECTOR, RESIDENT, T> softmax(row, scratch);
         if (!is_mine) continue;
 
         const float scale = softmax.normaliser * drop.scale;
-        const uint64_t mask_row = drop.rows.map(r);
         for_each_vector<N>(keys, [&](int i, uint64_t key) {
             if (key >= keys) return;  // tail
             float(&e)[WIDTH] = softmax.exponentials(i, key);
-            const Draws draws = VECTOR ? draw(drop, mask_row, key) : draw_unaligned(drop, mask_row, key);
+            const Draws draws = row.draw_keys(key);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) e[j] = keeps(drop, draws[j]) ? e[j] * scale : 0.f;
             store<VECTOR>(y + r * keys + key, count_at(key, keys), e);
@@ -164,12 +192,11 @@ __device__ __forceinline__ void softmax_dropout_bwd_rows(const T* __restrict__ s
          first += uint64_t(gridDim.x) * blockDim.y) {
         const bool is_mine = first + threadIdx.y < rows;
         const uint64_t r = is_mine ? first + threadIdx.y : rows - 1;
-        const Row<VECTOR, T> row(scores, additive, args, r, keys);
+        const Row<VECTOR, T> row(scores, additive, args, drop, r, keys);
         Softmax<VECTOR, RESIDENT, T> softmax(row, scratch);
 
         // Step 3: dP and its product with P. A key of probability 0 passes nothing on, by selection: its
         // dy may be infinite.
-        const uint64_t mask_row = drop.rows.map(r);
         float dp[N][WIDTH];
         auto load_dp = [&](int i, uint64_t key) {
             const int count = count_at(key, keys);
@@ -177,7 +204,7 @@ __device__ __forceinline__ void softmax_dropout_bwd_rows(const T* __restrict__ s
             for (int j = 0; j < WIDTH; ++j) dp[i][j] = 0.f;
             if (count == 0) return;  // tail
             load<VECTOR>(dy + r * keys + key, count, dp[i]);
-            const Draws draws = VECTOR ? draw(drop, mask_row, key) : draw_unaligned(drop, mask_row, key);
+            const Draws draws = row.draw_keys(key);
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
                 dp[i][j] = keeps(drop, draws[j]) ? dp[i][j] * drop.scale : 0.f;
@@ -191,9 +218,19 @@ __device__ __forceinline__ void softmax_dropout_bwd_rows(const T* __restrict__ s
             for (int j = 0; j < WIDTH; ++j) thread_dot += e[j] == 0.f ? 0.f : e[j] * dp[i][j];
         });
         const float dot = team_reduce(thread_dot, scratch, Sum()) * softmax.normaliser;
+
+        // Step 4: what it was rounded by is left in every dP.
+        float thread_rest = 0.f;
+        for_each_vector<N>(keys, [&](int i, uint64_t key) {
+            const float(&e)[WIDTH] = softmax.exponentials(i, key);
+            if (!RESIDENT) load_dp(i, key);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) thread_rest += e[j] == 0.f ? 0.f : e[j] * (dp[i][j] - dot);
+        });
+        const float rest = team_reduce(thread_rest, scratch, Sum()) * softmax.normaliser;
         if (!is_mine) continue;
 
-        // Step 4: the gradient.
+        // Step 5: the gradient.
         const float scale = softmax.normaliser * float(args.grad_scale);
         for_each_vector<N>(keys, [&](int i, uint64_t key) {
             if (key >= keys) return;  // tail
@@ -202,7 +239,7 @@ __device__ __forceinline__ void softmax_dropout_bwd_rows(const T* __restrict__ s
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) {
                 const bool passes = e[j] != 0.f && drop.threshold != 0;
-                e[j] = passes ? e[j] * (dp[i][j] - dot) * scale : 0.f;
+                e[j] = passes ? e[j] * (dp[i][j] - dot - rest) * scale : 0.f;
             }
             store<VECTOR>(dscores + r * keys + key, count_at(key, keys), e);
         });
@@ -238,15 +275,17 @@ __device__ __forceinline__ void softmax_dropout_bwd(const T* __restrict__ scores
     }
 }
 
-#define SOFTMAX_DROPOUT(SUFFIX, T)                                                                             \
-    KERNEL(256, 2) softmax_dropout_fwd_##SUFFIX(const T* __restrict__ scores, const T* __restrict__ additive,  \
-                                                T* __restrict__ y, uint64_t rows, uint64_t keys,               \
-                                                ScoreArgs args, MaskArgs drop) {                               \
-        softmax_dropout_fwd(scores, additive, y, rows, keys, args, drop);                                      \
-    }                                                                                                          \
-    KERNEL(256, 2) softmax_dropout_bwd_##SUFFIX(const T* __restrict__ scores, const T* __restrict__ additive,  \
-                                                const T* __restrict__ dy, T* __restrict__ dscores,             \
-                                                uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) { \
-        softmax_dropout_bwd(scores, additive, dy, dscores, rows, keys, args, drop);                            \
+// Three blocks of halves share a multiprocessor forward, as many as without DropKey.
+#define SOFTMAX_DROPOUT(SUFFIX, T)                                                                                \
+    KERNEL(256, sizeof(T) == 2 ? 3 : 2)                                                                           \
+    softmax_dropout_fwd_##SUFFIX(const T* __restrict__ scores, const T* __restrict__ additive, T* __restrict__ y, \
+                                 uint64_t rows, uint64_t keys, ScoreArgs args, MaskArgs drop) {                   \
+        softmax_dropout_fwd(scores, additive, y, rows, keys, args, drop);                                         \
+    }                                                                                                             \
+    KERNEL(256, 2)                                                                                                \
+    softmax_dropout_bwd_##SUFFIX(const T* __restrict__ scores, const T* __restrict__ additive,                    \
+                                 const T* __restrict__ dy, T* __restrict__ dscores, uint64_t rows, uint64_t keys, \
+                                 ScoreArgs args, MaskArgs drop) {                                                 \
+        softmax_dropout_bwd(scores, additive, dy, dscores, rows, keys, args, drop);                               \
     }
 FOR_EACH_DTYPE(SOFTMAX_DROPOUT)

@@ -28,6 +28,12 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 tests="$("${build[@]}" 2>&1 | tee >(cat >&2) |
   sed -n 's/^ *Executable .*(\(.*\/cases-[^/]*\))$/\1/p')"
+# Without a compiler no test would run: what is skipped has caught nothing.
+export CANDLE_DROPOUT_REQUIRE_CXX=1
+if ! "$tests" host::selftest >"$work/selftest" 2>&1; then
+  grep -m 1 'no C++ compiler' "$work/selftest" >&2 || cat "$work/selftest" >&2
+  exit 2
+fi
 "$tests" --list --format terse | sed -n 's/: test$//p' >"$work/tests"
 export tests work cases
 
@@ -109,6 +115,7 @@ try_mutant() {
       # A test that takes so long found nothing: a kernel that does not end is stopped earlier.
       if [ "$status" -eq 124 ]; then verdict='TIMED OUT'; fi
       if grep -q 'could not compile' "$folder/log"; then verdict='NOT COMPILED'; fi
+      if grep -q 'no C++ compiler' "$folder/log"; then verdict='NOT RUN'; fi
       break
     done
   fi

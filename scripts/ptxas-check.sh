@@ -3,7 +3,8 @@
 #
 # nvcc does not look inside inline PTX, and a kernel that runs well on one architecture may spill on
 # the next. So every kernel is compiled to PTX as the crate ships it (compute_80) and assembled for
-# sm_80, sm_90, sm_100 and sm_120. An error, a spill or a stack frame fails the script.
+# sm_80, sm_90, sm_100 and sm_120. An error, a spill or a stack frame fails the script,
+# but for one that is named below.
 #
 # Prints a Markdown table: for each architecture registers a thread, and for sm_90 the loads and
 # stores of 16 bytes that global memory is read and written with, out of all of them.
@@ -53,6 +54,8 @@ for source in "$@"; do
     fi
     awk "$read_report" "$work/report" | sort >"$work/$op.$arch"
     while read -r kernel _ _ stack spills; do
+      # Known: ptxas's routine of 64-bit division keeps two words there; loops call it from 2^32 tiles on alone.
+      [ "$kernel sm_$arch $stack $spills" = "activation_dropout_fwd_f32 sm_120 8 0" ] && continue
       if [ "$stack" -ne 0 ] || [ "$spills" -ne 0 ]; then
         echo "$kernel, sm_$arch: $stack bytes of stack, $spills bytes spilled" >&2
         failed=1

@@ -14,7 +14,8 @@ use candle_core::{
     Storage, Tensor, bail,
 };
 
-/// Runs `cpu::$pass(..)` or `cuda::$pass(..)` of the op that calls it, on the device of `$x`.
+/// Runs `cpu::$pass(..)` or `cuda::$pass(..)` of the op that calls it, on the device of `$x`. Where there is neither,
+/// the op does not come here: it is composed of candle's ops (`composed.rs`).
 macro_rules! run_pass {
     ($op:expr, $x:expr, $pass:ident($($arg:expr),* $(,)?)) => {
         match $x.device() {

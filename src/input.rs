@@ -26,6 +26,11 @@ impl<'a> Input<'a> {
         self.op
     }
 
+    /// What no two storages have in common.
+    pub(crate) fn storage_key(&self) -> usize {
+        std::ptr::from_ref::<Storage>(&self.storage).addr()
+    }
+
     pub(crate) fn dtype(&self) -> DType {
         self.storage.dtype()
     }

@@ -1,18 +1,34 @@
 //! Fused dropout for [candle](https://github.com/huggingface/candle): CUDA kernels, a CPU path that draws
 //! the very same masks, gradients that arrive, and no stored masks.
 //!
-//! - Ops: [`dropout`], [`dropout_add`], [`column_sums`], [`dropout_add_norm`], [`activation_dropout`],
-//!   [`softmax_dropout`], [`attention()`], [`attention_qkv`], [`drop_path_add`], [`drop_path_kept`]. Each
-//!   takes a [`DropMask`], which says what is dropped. [`linear`], [`rope()`] and [`cross_entropy()`] take
-//!   none.
-//! - Layers: [`Dropout`], [`DropPath`] and [`MultiHeadAttention`] draw masks from a [`MaskGenerator`], one
-//!   key a call, and only in training; [`LayerNorm`], [`RmsNorm`] and [`Rope`] draw none.
-//! - A model: [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published
-//!   weights, [`seeded_var_builder`] makes repeatable ones.
+//! | where | what there is |
+//! |---|---|
+//! | [`functional`] | the ops; those that drop take a [`DropMask`], which says what is dropped |
+//! | [`nn`] | all of `candle_nn`, with what loses gradients or time there replaced: one changed `use` line mends a model |
+//! | [`training`] | `AdamW`, clipping, max-norm, schedules, accumulation, checks of gradients, and a state that is saved whole |
+//! | layers, here | the family of dropout, from [`Dropout`] to [`McDropout`], and [`MultiHeadAttention`] draw masks from a [`MaskGenerator`], one key a call and site, and only in training; `docs/layers.md` in the repository has them all; [`LayerNorm`], [`RmsNorm`] and [`Rope`] draw none |
+//! | rates, here | [`RateSchedule`] by a [`RateClock`], which layers follow |
+//! | a switch, here | [`TrainMode`], for models whose `forward` takes no `train` |
+//! | [`prelude`] | what models hold, under names that clash with none of candle's |
+//! | a model, here | [`Transformer`] in the style of GPT-2 or LLaMA; [`pretrained_var_builder`] loads published weights, [`seeded_var_builder`] makes repeatable ones |
+//!
+//! `docs/getting-started.md` in the repository leads from an empty folder to a model that trains.
 //!
 //! # Features
-//! None by default: everything runs on the CPU. `cuda` adds the kernels: it needs nvcc, but no GPU, to build,
-//! and NVIDIA's driver to run.
+//! | feature | what it changes |
+//! |---|---|
+//! | `avx512`, by default | AVX-512 in candle's matrix products on the CPU, where the CPU has it; for all of the program that takes this crate, since all of it multiplies through one `gemm`. `default-features = false` leaves that to others; what this crate computes itself uses AVX-512 either way |
+//! | `cuda` | adds the kernels: the same functions then take tensors on CUDA, too, in f32, f16 and bf16. No item is added. It needs nvcc (CUDA 12 or later), but no GPU, to build, and NVIDIA's driver to run; it turns on the `cuda` of candle-core and candle-nn |
+//!
+//! Without `cuda` everything runs on the CPU, and a tensor on CUDA is an error that says so; these pages are the
+//! same. On Metal, for which there are no kernels, every op is composed of candle's differentiable ops, with the same
+//! masks: tested on the CPU alone.
+//!
+//! # Threads
+//! No result depends on the number of threads. On CUDA, candle's `Device::new_cuda` computes on a stream of
+//! the calling host thread, and nothing orders the streams of two: keep what belongs to one model on one
+//! thread, or have the thread that computed a tensor call `device.synchronize()` before it hands it over.
+//! `docs/training.md` in the repository has the whole story.
 //!
 //! # The mask law
 //! One pure function of a key and a coordinate decides what is dropped: the last dimension of a tensor
@@ -25,7 +41,8 @@
 //! # Example
 //! ```
 //! use candle_core::{Device, Tensor};
-//! use candle_dropout::{DropMask, MaskGenerator, dropout_add};
+//! use candle_dropout::{DropMask, MaskGenerator};
+//! use candle_dropout::functional::dropout_add;
 //!
 //! # fn main() -> candle_core::Result<()> {
 //! let generator = MaskGenerator::new(42);
@@ -38,36 +55,62 @@
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
 mod check;
+mod composed;
 mod cpu;
 mod cuda;
+pub mod functional;
 mod graph;
 mod input;
 mod layers;
 mod mask;
-pub mod ops;
+pub mod nn;
+pub mod prelude;
+pub mod training;
 mod transformer;
 mod vars;
 
-pub use candle_nn::LayerNormConfig;
+#[doc(hidden)]
+pub use composed::{Composing, compose};
 #[doc(hidden)]
 pub use cuda::sizes;
+#[doc(inline)]
 pub use layers::{
-    DropPath, Dropout, LayerNorm, MultiHeadAttention, MultiHeadAttentionConfig, RmsNorm, Rope,
-    RopeConfig, RopeScaling, layer_norm, layer_norm_no_bias, rms_norm, set_seed,
+    AlphaDropout, BroadcastDropout, ClassicDropout, ConcreteDropout, ConcreteDropoutConfig, Cutout,
+    DropBlock2d, DropConnectConv2d, DropConnectLinear, DropHead, DropPath, Dropout, Dropout1d,
+    Dropout2d, Dropout3d, EmbeddingDropout, EvalGuard, FeatureAlphaDropout, GaussianDropout,
+    GaussianNoise, Gru, LayerDrop, LayerNorm, LockedDropout, LoraConfig, LoraLinear, Lstm, MaskPer,
+    McDropout, McPrediction, MultiHeadAttention, MultiHeadAttentionConfig, MultiSampleDropout,
+    RateClock, RateSchedule, RecurrentDropout, RecurrentMasks, RmsNorm, Rope, RopeConfig,
+    RopeScaling, ScheduledRate, Switched, TokenDropout, TrainMode, VariationalConv2d,
+    VariationalLinear, Zoneout, kl_weight, set_seed,
 };
 #[doc(hidden)]
 pub use mask::MaskArgs;
-pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, Rate};
-pub use ops::*;
-pub use transformer::{Architecture, GenerationConfig, Transformer, TransformerConfig};
-pub use vars::{pretrained_var_builder, seeded_var_builder};
+#[doc(inline)]
+pub use mask::{DropMask, MaskGenerator, MaskKey, MaskState, NoiseKey, Rate};
+#[doc(inline)]
+pub use transformer::{
+    Architecture, GenerationConfig, Transformer, TransformerConfig, TransformerRates,
+};
+#[doc(inline)]
+pub use vars::{check_pretrained_vars, pretrained_var_builder, seeded_var_builder};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+/// Those of the first steps.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/getting-started.md")]
+struct GettingStarted;
+
 /// Those of the page on models.
 #[cfg(doctest)]
 #[doc = include_str!("../docs/models.md")]
 struct Models;
+
+/// Those of the page on training.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/training.md")]
+struct Training;

@@ -1,8 +1,9 @@
 //! The mask of attention: what it draws, whole and in windows, and what it hides.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{
-    AttentionConfig, AttentionMask, DropMask, attention, dropout, softmax_dropout,
+use candle_dropout::DropMask;
+use candle_dropout::functional::{
+    AttentionConfig, AttentionMask, attention, dropout, softmax_dropout,
 };
 use cases::attention::{Sizes, sizes};
 use cases::{DTYPES, bits, error, largest, mask, random};

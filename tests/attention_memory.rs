@@ -1,43 +1,13 @@
 //! What attention holds at its peak, counted: a test of its own, for it counts all allocations.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod counted;
+
+use std::sync::atomic::Ordering;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{AttentionConfig, DropMask, MaskKey, attention, attention_qkv};
-
-struct Counting;
-
-static USED: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-fn count(bytes: usize) {
-    PEAK.fetch_max(USED.fetch_add(bytes, Ordering::Relaxed) + bytes, Ordering::Relaxed);
-}
-
-// SAFETY: every call goes to the system's allocator with the arguments given; the rest counts.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        // SAFETY: the caller's.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        // SAFETY: the caller's.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        USED.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
+use candle_dropout::functional::{AttentionConfig, attention, attention_qkv};
+use candle_dropout::{DropMask, MaskKey};
+use counted::{PEAK, USED};
 
 /// Bytes held at most while `f` runs, beyond those held before.
 fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<usize> {

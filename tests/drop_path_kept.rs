@@ -4,9 +4,8 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{
-    DropMask, DropPath, MaskGenerator, MaskKey, StochasticDepth, drop_path_add, drop_path_kept,
-};
+use candle_dropout::functional::{StochasticDepth, drop_path_add, drop_path_kept};
+use candle_dropout::{DropMask, DropPath, MaskGenerator, MaskKey};
 use cases::{bits, random};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
@@ -197,7 +196,7 @@ fn the_layer_draws_one_key_a_call_and_the_masks_of_forward_add() -> Result<()> {
         for drop_p in [0., 0.4, 1.] {
             let layer = || -> (Arc<MaskGenerator>, DropPath) {
                 let generator = Arc::new(MaskGenerator::new(3));
-                (generator.clone(), DropPath::new(drop_p, generator).with_mode(mode))
+                (generator.clone(), DropPath::new(drop_p, generator).unwrap().with_mode(mode))
             };
             let ((ours, kept), (theirs, masked)) = (layer(), layer());
             for train in [true, true, false, true] {

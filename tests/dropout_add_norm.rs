@@ -1,12 +1,16 @@
 //! What `dropout_add_norm` and the norms promise beyond their formula, which `ops.rs` checks.
 
+use std::cell::Cell;
+
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_dropout::{
-    DropMask, LayerNorm, MaskKey, Norm, dropout_add, dropout_add_norm, layer_norm,
-    layer_norm_no_bias, ops, rms_norm,
-};
+use candle_dropout::functional::{Norm, dropout_add, dropout_add_norm};
+use candle_dropout::nn::{layer_norm, layer_norm_no_bias, rms_norm};
+use candle_dropout::{DropMask, LayerNorm, MaskKey, functional};
 use candle_nn::{Linear, Optimizer, SGD, VarBuilder, VarMap};
+use cases::norm::far::{Far, TOLERANCE};
 use cases::{bits, random};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 
@@ -56,17 +60,121 @@ fn either_result_alone_has_its_gradient() -> Result<()> {
     Ok(())
 }
 
+/// Narrow and wide rows, few and many; means up to 1e6 and constant rows.
+fn far() -> impl Strategy<Value = Far> {
+    let sizes = prop_oneof![
+        4 => (1usize..2000, 1usize..9),
+        2 => (1usize..70, 1usize..3000),
+        1 => (1usize..40_000, 1usize..3),
+        1 => (1usize..4, 1usize..30_000),
+    ];
+    let mean = prop_oneof![Just(0.), (-2f64..6.).prop_map(|power| 10f64.powf(power))];
+    let deviation =
+        prop_oneof![1 => Just(0.), 3 => (-4f64..0.).prop_map(|power| 10f64.powf(power))];
+    let eps = prop_oneof![Just(1e-5f32), Just(1e-12)];
+    (sizes, mean, deviation, eps, any::<u64>()).prop_map(
+        |((cols, rows), mean, deviation, eps, seed)| Far { rows, cols, mean, deviation, eps, seed },
+    )
+}
+
+/// Output and gradients, of the norm alone or of a residual stream without a branch.
+fn results_far_from_0(far: &Far, fused: bool) -> Result<[Vec<f32>; 4]> {
+    let (rows, cols, tensors) = (far.rows, far.cols, far.tensors());
+    let var =
+        |x: Vec<f32>, dims: &[usize]| Var::from_tensor(&Tensor::from_vec(x, dims, &Device::Cpu)?);
+    let dy = Tensor::from_vec(tensors.dy, (rows, cols), &Device::Cpu)?;
+    let x = var(tensors.x, &[rows, cols])?;
+    let (weight, bias) = (var(tensors.weight, &[cols])?, var(tensors.bias, &[cols])?);
+    let of_bias = Some(bias.as_tensor().clone());
+    let norm = Norm::layer_norm(weight.as_tensor().clone(), of_bias, far.eps.into());
+    let y = if fused {
+        let drop = DropMask::new(0.5, MaskKey::new(far.seed))?;
+        dropout_add_norm(&x.zeros_like()?, Some(&x), None, &norm, &drop)?.1
+    } else {
+        norm.forward(&x)?
+    };
+    let grads = (&y * dy)?.backward()?;
+    let grads = [&x, &weight, &bias].map(|var| grads.get(var).expect("a gradient"));
+    let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+    Ok([values(&y)?, values(grads[0])?, values(grads[1])?, values(grads[2])?])
+}
+
 #[test]
-fn a_large_mean_does_not_hurt_the_variance() -> Result<()> {
-    let z = (random(&[4, 1000], DType::F32, 1)? + 3e4)?;
-    let norm = Norm::layer_norm(Tensor::ones(1000, DType::F32, &Device::Cpu)?, None, 0.);
-    let exact = cases::norm::formula(
-        &z.to_dtype(DType::F64)?,
-        &Norm::layer_norm(Tensor::ones(1000, DType::F64, &Device::Cpu)?, None, 0.),
-    )?;
-    let error = (norm.forward(&z)?.to_dtype(DType::F64)? - exact)?.abs()?.max_all()?;
-    // The mean is known to a few units in the last place of 3e4, which are 2e-3 each.
-    assert!(error.to_scalar::<f64>()? < 2e-2, "{error}");
+fn rows_far_from_0_keep_their_digits_forward_and_backward() {
+    let judged = Cell::new([0; 4]);
+    let config = ProptestConfig { cases: 384, failure_persistence: None, ..Default::default() };
+    let outcome = TestRunner::new(config).run(&(far(), any::<bool>()), |(far, fused)| {
+        let (got, exact) = (results_far_from_0(&far, fused).unwrap(), far.tensors().exact(far.eps));
+        for (at, (got, exact)) in got.iter().zip(&exact).enumerate() {
+            if !exact.is_known() {
+                continue;
+            }
+            let (error, what) = (exact.error(got), ["y", "dx", "dweight", "dbias"][at]);
+            prop_assert!(
+                error <= TOLERANCE,
+                "{} is off by {:e} of its largest element",
+                what,
+                error
+            );
+            let mut count = judged.get();
+            count[at] += 1;
+            judged.set(count);
+        }
+        Ok(())
+    });
+    outcome.unwrap();
+    // No more than a few are left out.
+    assert!(judged.get().into_iter().all(|count| count > 300), "{:?}", judged.get());
+}
+
+#[test]
+fn of_a_constant_row_exactly_the_bias_is_left() -> Result<()> {
+    for dtype in DTYPES {
+        for value in [1972.7168f64, 1.59e5, -1e6, 3e12, 1e38] {
+            for cols in [1, 3, 768, 1031, 20_000] {
+                let x = Tensor::full(value, (2, cols), &Device::Cpu)?.to_dtype(dtype)?;
+                if dtype == DType::F16 && value.abs() > 6e4 {
+                    continue;
+                }
+                let (weight, bias) = (random(&[cols], dtype, 1)?, random(&[cols], dtype, 2)?);
+                let norm = Norm::layer_norm(weight, Some(bias.clone()), 1e-5);
+                let y = norm.forward(&x)?;
+                assert_eq!(bits(&y.get(1)?)?, bits(&bias)?, "{cols} times {value} in {dtype:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn of_a_constant_gradient_nothing_is_left() -> Result<()> {
+    for value in [1f32, 0.1, 1.59e5, 1e38] {
+        for cols in [1, 3, 768, 1031] {
+            let x = Var::from_tensor(&random(&[4, cols], DType::F32, 1)?)?;
+            let norm = Norm::layer_norm(Tensor::full(value, cols, &Device::Cpu)?, None, 1e-5);
+            let grads = norm.forward(&x)?.backward()?;
+            let dx = grads.get(&x).expect("a gradient").abs()?.max_all()?.to_scalar::<f32>()?;
+            assert_eq!(dx, 0., "{cols} times {value}");
+        }
+    }
+    Ok(())
+}
+
+/// In f64 the mean is rounded, too.
+#[test]
+fn rows_of_f64_far_from_0_keep_their_digits() -> Result<()> {
+    let near = (random(&[4, 768], DType::F64, 1)? * 1024.)?.round()?;
+    let norm = |dtype| {
+        Ok::<_, candle_core::Error>(Norm::layer_norm(
+            Tensor::ones(768, dtype, &Device::Cpu)?,
+            None,
+            1e-5,
+        ))
+    };
+    // Whole numbers, of which the sums are exact.
+    let far = (&near + 1e15)?;
+    let [near, far] = [near, far].map(|x| norm(DType::F64)?.forward(&x));
+    assert!((near? - far?)?.abs()?.max_all()?.to_scalar::<f64>()? < 1e-14);
     Ok(())
 }
 
@@ -124,9 +232,9 @@ fn layers_and_functions_compute_what_candles_do() -> Result<()> {
 
     let (weight, bias) = (random(&[7], DType::F32, 2)?, random(&[7], DType::F32, 3)?);
     let candles = candle_nn::ops::layer_norm(&x, &weight, &bias, 1e-5)?;
-    close(ops::layer_norm(&x, &weight, &bias, 1e-5)?, candles)?;
+    close(functional::layer_norm(&x, &weight, &bias, 1e-5)?, candles)?;
     let candles = candle_nn::ops::rms_norm(&x, &weight, 1e-5)?;
-    close(ops::rms_norm(&x, &weight, 1e-5)?, candles)?;
+    close(functional::rms_norm(&x, &weight, 1e-5)?, candles)?;
     let layer = LayerNorm::new(weight.clone(), bias, 1e-5);
     assert_eq!(bits(layer.weight())?, bits(&weight)?);
     Ok(())

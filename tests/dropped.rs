@@ -2,9 +2,10 @@
 //! equals it in several.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{
-    AttentionMask, DropMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
+use candle_dropout::functional::{
+    AttentionMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
 };
+use candle_dropout::{DropMask, compose};
 use cases::runner::{gradient, same_bits};
 use cases::softmax_dropout::SCALE;
 use cases::{DTYPES, bits, largest, mask, random};
@@ -17,69 +18,90 @@ fn poisoned(x: &Tensor, keep: &Tensor) -> Result<Tensor> {
     keep.where_cond(x, &poison)
 }
 
+/// A fact of the passes and of what takes their place on devices without them.
+fn as_passes_and_composed(fact: impl Fn() -> Result<()>) -> Result<()> {
+    fact()?;
+    let _composed = compose();
+    fact()
+}
+
 #[test]
 fn dropped_infinities_and_nans_vanish_from_dropout() -> Result<()> {
-    for (dtype, drop_p) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 0.4), (dtype, 1.)]) {
-        let (drop, dims) = (mask(drop_p), [13, 41]);
-        let keep = drop.to_tensor(&dims, &Device::Cpu)?;
-        let (x, dy) = (random(&dims, dtype, 1)?, random(&dims, dtype, 2)?);
-        let bad = Var::from_tensor(&poisoned(&x, &keep)?)?;
-        let (y, clean) = (dropout(&bad, &drop)?, dropout(&x, &drop)?);
-        same_bits(&y, &clean, "output")?;
-        let dropped = bits(&y)?.into_iter().zip(bits(&keep)?).filter(|(_, keep)| *keep == 0);
-        assert!(dropped.map(|(y, _)| y).all(|y| y == 0), "a dropped element is +0");
-        let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
-        let dx = gradient(&y, &poisoned(&dy, &keep)?, &bad)?;
-        same_bits(&dx, &gradient(&y, &zeros, &bad)?, "gradient")?;
-    }
-    Ok(())
+    as_passes_and_composed(|| {
+        for (dtype, drop_p) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 0.4), (dtype, 1.)]) {
+            let (drop, dims) = (mask(drop_p), [13, 41]);
+            let keep = drop.to_tensor(&dims, &Device::Cpu)?;
+            let (x, dy) = (random(&dims, dtype, 1)?, random(&dims, dtype, 2)?);
+            let bad = Var::from_tensor(&poisoned(&x, &keep)?)?;
+            let (y, clean) = (dropout(&bad, &drop)?, dropout(&x, &drop)?);
+            same_bits(&y, &clean, "output")?;
+            let dropped = bits(&y)?.into_iter().zip(bits(&keep)?).filter(|(_, keep)| *keep == 0);
+            assert!(dropped.map(|(y, _)| y).all(|y| y == 0), "a dropped element is +0");
+            let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
+            let dx = gradient(&y, &poisoned(&dy, &keep)?, &bad)?;
+            same_bits(&dx, &gradient(&y, &zeros, &bad)?, "gradient")?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn dropped_infinities_and_nans_leave_the_bare_residual() -> Result<()> {
-    for (dtype, drop_p) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 0.4), (dtype, 1.)]) {
-        let (drop, dims) = (mask(drop_p), [13, 41]);
-        let keep = drop.to_tensor(&dims, &Device::Cpu)?;
-        let (x, dy) = (random(&dims, dtype, 1)?, random(&dims, dtype, 2)?);
-        // A residual with every kind of value, of which the dropped elements keep each bit.
-        let residual = poisoned(&random(&dims, dtype, 3)?, &random(&dims, dtype, 4)?.gt(0.)?)?;
-        let bias = Var::from_tensor(&random(&[41], dtype, 5)?)?;
-        let bad = Var::from_tensor(&poisoned(&x, &keep)?)?;
-        let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
-        for bias in [None, Some(&bias)] {
-            let biased = bias.map(|bias| bias.as_tensor());
-            let y = dropout_add(&bad, &residual, biased, &drop)?;
-            same_bits(&y, &dropout_add(&x, &residual, biased, &drop)?, "output")?;
-            let dropped = bits(&y)?.into_iter().zip(bits(&residual)?).zip(bits(&keep)?);
-            assert!(dropped.filter(|(_, keep)| *keep == 0).all(|((y, residual), _)| y == residual));
-            for var in [Some(&bad), bias].into_iter().flatten() {
-                let grad = gradient(&y, &poisoned(&dy, &keep)?, var)?;
-                same_bits(&grad, &gradient(&y, &zeros, var)?, "gradient")?;
+    as_passes_and_composed(|| {
+        for (dtype, drop_p) in DTYPES.into_iter().flat_map(|dtype| [(dtype, 0.4), (dtype, 1.)]) {
+            let (drop, dims) = (mask(drop_p), [13, 41]);
+            let keep = drop.to_tensor(&dims, &Device::Cpu)?;
+            let (x, dy) = (random(&dims, dtype, 1)?, random(&dims, dtype, 2)?);
+            // A residual with every kind of value, of which the dropped elements keep each bit.
+            let residual = poisoned(&random(&dims, dtype, 3)?, &random(&dims, dtype, 4)?.gt(0.)?)?;
+            let bias = Var::from_tensor(&random(&[41], dtype, 5)?)?;
+            let bad = Var::from_tensor(&poisoned(&x, &keep)?)?;
+            let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
+            for bias in [None, Some(&bias)] {
+                let biased = bias.map(|bias| bias.as_tensor());
+                let y = dropout_add(&bad, &residual, biased, &drop)?;
+                same_bits(&y, &dropout_add(&x, &residual, biased, &drop)?, "output")?;
+                let dropped = bits(&y)?.into_iter().zip(bits(&residual)?).zip(bits(&keep)?);
+                assert!(
+                    dropped.filter(|(_, keep)| *keep == 0).all(|((y, residual), _)| y == residual)
+                );
+                for var in [Some(&bad), bias].into_iter().flatten() {
+                    let grad = gradient(&y, &poisoned(&dy, &keep)?, var)?;
+                    same_bits(&grad, &gradient(&y, &zeros, var)?, "gradient")?;
+                }
             }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 #[test]
 fn dropped_probabilities_are_zero_even_in_a_row_of_nan() -> Result<()> {
-    for dtype in DTYPES {
-        let (drop, dims) = (mask(0.4), [13, 41]);
-        let keep = drop.to_tensor(&dims, &Device::Cpu)?;
-        let scores = Var::from_tensor(&random(&dims, dtype, 1)?)?;
-        let y =
-            softmax_dropout(&(scores.as_tensor() * f64::NAN)?, 1., &AttentionMask::None, &drop)?;
-        let y = y.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-        for (y, keep) in y.iter().zip(bits(&keep)?) {
-            assert!(if keep == 1 { y.is_nan() } else { y.to_bits() == 0 });
+    as_passes_and_composed(|| {
+        for dtype in DTYPES {
+            let (drop, dims) = (mask(0.4), [13, 41]);
+            let keep = drop.to_tensor(&dims, &Device::Cpu)?;
+            let scores = Var::from_tensor(&random(&dims, dtype, 1)?)?;
+            let y = softmax_dropout(
+                &(scores.as_tensor() * f64::NAN)?,
+                1.,
+                &AttentionMask::None,
+                &drop,
+            )?;
+            let y = y.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+            for (y, keep) in y.iter().zip(bits(&keep)?) {
+                assert!(if keep == 1 { y.is_nan() } else { y.to_bits() == 0 });
+            }
+            let (y, dy) = (
+                softmax_dropout(&scores, 1., &AttentionMask::None, &drop)?,
+                random(&dims, dtype, 2)?,
+            );
+            let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
+            let dscores = gradient(&y, &poisoned(&dy, &keep)?, &scores)?;
+            same_bits(&dscores, &gradient(&y, &zeros, &scores)?, "gradient")?;
         }
-        let (y, dy) =
-            (softmax_dropout(&scores, 1., &AttentionMask::None, &drop)?, random(&dims, dtype, 2)?);
-        let zeros = keep.where_cond(&dy, &dy.zeros_like()?)?;
-        let dscores = gradient(&y, &poisoned(&dy, &keep)?, &scores)?;
-        same_bits(&dscores, &gradient(&y, &zeros, &scores)?, "gradient")?;
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 #[test]

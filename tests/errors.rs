@@ -2,10 +2,12 @@
 
 use std::cell::Cell;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{
-    AttentionMask, DropMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+use candle_dropout::functional::{
+    AttentionMask, RopeStyle, StochasticDepth, drop_path_add, dropout, dropout_add, expect_dims,
+    rope, softmax_dropout,
 };
+use candle_dropout::{DropMask, compose};
 use cases::runner::fused;
 use cases::{Case, mask, random};
 use proptest::prelude::*;
@@ -112,6 +114,64 @@ struct Call {
     dtype: DType,
     last_dtype: DType,
     drop: DropMask,
+    /// As on a device without kernels.
+    composed: bool,
+}
+
+#[test]
+fn tables_and_layouts_that_others_use_are_told_what_to_take() -> Result<()> {
+    let x = random(&[2, 4, 6, 8], DType::F32, 1)?;
+    let table = |dims: &[usize]| random(dims, DType::F32, 2);
+    let rotated = |dims: &[usize], style| rope(&x, &table(dims)?, &table(dims)?, style);
+    fails(
+        rotated(&[6, 8], RopeStyle::HalfSplit),
+        &[
+            "rope: cos: expected shape [T, D/2] = [6, 4]",
+            "got [6, 8]",
+            "take the first half, narrow(D::Minus1, 0, D/2)",
+        ],
+    );
+    fails(rotated(&[2, 6, 8], RopeStyle::HalfSplit), &["got [2, 6, 8]", "take the first half"]);
+    fails(rotated(&[6, 8], RopeStyle::Interleaved), &["got [6, 8]", "take every second column"]);
+    fails(
+        rotated(&[9, 4], RopeStyle::HalfSplit),
+        &["got [9, 4]", "narrow(D::Minus2, first_position, T)"],
+    );
+    // The remedies work.
+    let full = Tensor::cat(&[&table(&[6, 4])?, &table(&[6, 4])?], 1)?;
+    let half = full.narrow(D::Minus1, 0, 4)?;
+    rope(&x, &half, &half, RopeStyle::HalfSplit)?;
+
+    let named = [("B", 2), ("H", 6), ("S", 4), ("D", 8)];
+    let error = expect_dims("q", &x, &named).unwrap_err().to_string();
+    let expected = "q: expected [B 2, H 6, S 4, D 8], got [2, 4, 6, 8]; transpose(1, 2) it";
+    assert!(error.starts_with(expected), "{error}");
+    expect_dims("q", &x.transpose(1, 2)?, &named)?;
+    for dims in [&[2, 4, 48][..], &[2, 5, 6, 8], &[]] {
+        let error = expect_dims("q", &table(dims)?, &named).unwrap_err().to_string();
+        assert!(error.contains("reshape it, or look where it comes from"), "{error}");
+    }
+    for dims in [[4, 2], [1, 4], [2, 3]] {
+        let mask = AttentionMask::per_key(&table(&dims)?, 2, 4).map(|_| x.clone());
+        fails(mask, &["AttentionMask::per_key: mask: expected [B 2, Sk 4], got"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_mask_of_keys_is_none_of_queries_where_the_sizes_are_equal() -> Result<()> {
+    // Two sequences of two tokens: [B, Sk] as it is would be [Sq, Sk].
+    let scores = random(&[2, 3, 2, 2], DType::F64, 1)?;
+    let mask = Tensor::new(&[[0f64, 0.], [0., f64::NEG_INFINITY]], &Device::Cpu)?;
+    let per_key = AttentionMask::per_key(&mask, 2, 2)?;
+    let y = softmax_dropout(&scores, 1., &per_key, &DropMask::none())?;
+    let y = y.flatten_to(2)?.to_vec2::<f64>()?;
+    assert!(
+        y[..6].iter().all(|row| row.iter().all(|p| *p > 0.)),
+        "the first sequence sees both keys"
+    );
+    assert!(y[6..].iter().all(|row| row == &[1., 0.]), "the second sees one");
+    Ok(())
 }
 
 fn call() -> impl Strategy<Value = Call> {
@@ -125,15 +185,19 @@ fn call() -> impl Strategy<Value = Call> {
         window.map_or(drop.clone(), |(full, start)| drop.window(&full, &start))
     });
     let last_dtype = prop::option::of(dtype());
-    (prop::sample::select(cases), dims.clone(), prop::option::of(dims), dtype(), last_dtype, drop)
-        .prop_map(|(case, size, last_dims, dtype, last_dtype, drop)| Call {
+    let last_dims = prop::option::of(dims.clone());
+    let composed = prop::bool::ANY;
+    (prop::sample::select(cases), dims, last_dims, dtype(), last_dtype, drop, composed).prop_map(
+        |(case, size, last_dims, dtype, last_dtype, drop, composed)| Call {
             case,
             size,
             last_dims,
             dtype,
             last_dtype: last_dtype.unwrap_or(dtype),
             drop,
-        })
+            composed,
+        },
+    )
 }
 
 #[test]
@@ -141,7 +205,8 @@ fn a_call_succeeds_or_fails_but_never_panics() {
     let config = ProptestConfig { cases: 4000, failure_persistence: None, ..Default::default() };
     let successes = Cell::new(0);
     let outcome = TestRunner::new(config).run(&call(), |call| {
-        let Call { case, size, last_dims, dtype, last_dtype, drop } = call;
+        let Call { case, size, last_dims, dtype, last_dtype, drop, composed } = call;
+        let _composed = composed.then(compose);
         let mut shapes = case.arguments(&size);
         let last = shapes.len() - 1;
         if let (Some(last_dims), 1..) = (last_dims, last) {

@@ -1,7 +1,7 @@
 //! `linear` against candle's chain of `matmul` and `broadcast_add` in f64, and what it refuses.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::linear;
+use candle_dropout::functional::linear;
 use cases::{bits, random};
 
 type Forward = dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>;
@@ -138,5 +138,26 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     assert!(ids.contains("linear: x: expected dtype"), "{ids}");
     let scalar = error(&Tensor::new(1f32, &Device::Cpu)?, &weight, None);
     assert!(scalar.contains("linear: x: expected [.., 4]"), "{scalar}");
+    Ok(())
+}
+
+#[test]
+fn without_rows_or_columns_the_bias_alone_counts_and_every_argument_has_a_gradient() -> Result<()> {
+    for (rows, inputs) in [(0, 2), (2, 0), (0, 0)] {
+        let var = |dims: &[usize]| Var::ones(dims, DType::F32, &Device::Cpu);
+        let (x, weight, bias) = (var(&[rows, inputs])?, var(&[inputs, 3])?, var(&[3])?);
+        let y = linear(&x, &weight, Some(&bias))?;
+        assert_eq!(y.to_vec2::<f32>()?, vec![vec![1.; 3]; rows]);
+        let grads = y.backward()?;
+        let of = |var: &Var| grads.get(var).unwrap().flatten_all()?.to_vec1::<f32>();
+        assert_eq!(of(&bias)?, [rows as f32; 3]);
+        for (var, name) in [(&x, "x"), (&weight, "weight")] {
+            assert_eq!(
+                of(var)?,
+                vec![0.; var.elem_count()],
+                "{name} of {rows} rows, {inputs} inputs"
+            );
+        }
+    }
     Ok(())
 }

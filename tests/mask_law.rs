@@ -4,10 +4,10 @@
 use std::process::Command;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{
-    AttentionMask, DropMask, MaskKey, Rate, StochasticDepth, drop_path_add, dropout, dropout_add,
-    softmax_dropout,
+use candle_dropout::functional::{
+    AttentionMask, StochasticDepth, drop_path_add, dropout, dropout_add, softmax_dropout,
 };
+use candle_dropout::{DropMask, MaskKey, Rate};
 use cases::{bits, random};
 use proptest::prelude::*;
 

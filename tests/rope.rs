@@ -1,8 +1,9 @@
 //! Rotary embeddings: tables for each batch entry, offsets into a cache, the views that projections
 //! leave, candle's own, and what is refused.
 
-use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
-use candle_dropout::{Rope, RopeConfig, RopeScaling, RopeStyle, rope};
+use candle_core::{DType, Device, IndexOp, Result, Tensor, Var};
+use candle_dropout::functional::{RopeStyle, rope};
+use candle_dropout::{Rope, RopeConfig, RopeScaling};
 use cases::{bits, random};
 
 const STYLES: [RopeStyle; 2] = [RopeStyle::HalfSplit, RopeStyle::Interleaved];
@@ -25,8 +26,8 @@ fn forward_equals_candles_and_unlike_candles_passes_a_gradient() -> Result<()> {
         let weight = random(&[2, 3, 7, 16], dtype, 2)?;
         for style in STYLES {
             let table = tables(style, 16, dtype)?;
-            let part = |table: &Tensor| table.narrow(0, 0, 7)?.to_dtype(dtype);
-            let (cos, sin) = (part(table.cos())?, part(table.sin())?);
+            let (cos, sin) = table.tables(0, 7)?;
+            let (cos, sin) = (cos.to_dtype(dtype)?, sin.to_dtype(dtype)?);
             let theirs = match style {
                 RopeStyle::HalfSplit => candle_nn::rotary_emb::rope(&x, &cos, &sin)?,
                 RopeStyle::Interleaved => candle_nn::rotary_emb::rope_i(&x, &cos, &sin)?,
@@ -139,7 +140,8 @@ fn tables_follow_theta_and_the_scaling() -> Result<()> {
             style: RopeStyle::HalfSplit,
         };
         let rope = Rope::new(&config, DType::F64, &Device::Cpu)?;
-        let (cos, sin) = (rope.cos().to_vec2::<f64>()?, rope.sin().to_vec2::<f64>()?);
+        let (cos, sin) = rope.tables(0, 11)?;
+        let (cos, sin) = (cos.to_vec2::<f64>()?, sin.to_vec2::<f64>()?);
         assert_eq!([cos[0].as_slice(), &sin[0]], [[1.; 4], [0.; 4]]);
         Ok((0..4).map(|j| sin[1][j].atan2(cos[1][j])).collect())
     };
@@ -160,6 +162,84 @@ fn tables_follow_theta_and_the_scaling() -> Result<()> {
     let smooth = (2000. * 0.01 / std::f64::consts::TAU - 1.) / 3.;
     let between = (1. - smooth) * 0.01 / 8. + smooth * 0.01;
     close(angles(llama)?, [1., 0.1, between, 0.000125]);
+    // In 2000 positions pair j turns 32 times at j = 0.998 and once at j = 2.503: a ramp from 0 to 3.
+    let yarn = |truncate| RopeScaling::Yarn {
+        factor: 4.,
+        attention_factor: 1.,
+        beta_fast: 32.,
+        beta_slow: 1.,
+        original_max_positions: 2000,
+        truncate,
+    };
+    let part = |frequency: f64, low: f64| frequency * (1. - low) + frequency / 4. * low;
+    close(angles(yarn(true))?, [1., part(0.1, 1. / 3.), part(0.01, 2. / 3.), 0.00025]);
+    let pair = |turns: f64| (2000. / (turns * std::f64::consts::TAU)).ln() / 10f64.ln();
+    let low = |j: f64| (j - pair(32.)) / (pair(1.) - pair(32.));
+    close(angles(yarn(false))?, [1., part(0.1, low(1.)), part(0.01, low(2.)), 0.00025]);
+    Ok(())
+}
+
+#[test]
+fn yarn_lengthens_queries_and_keys_and_their_gradients() -> Result<()> {
+    let scaling = RopeScaling::Yarn {
+        factor: 4.,
+        attention_factor: 1.5,
+        beta_fast: 32.,
+        beta_slow: 1.,
+        original_max_positions: 32,
+        truncate: true,
+    };
+    let config = RopeConfig { head_size: 8, max_positions: 64, scaling, ..Default::default() };
+    let rope = Rope::new(&config, DType::F64, &Device::Cpu)?;
+    let x = Var::from_tensor(&random(&[3, 5, 8], DType::F64, 1)?)?;
+    let y = rope.rotate(&x, 7)?;
+    let squares = |x: &Tensor| x.sqr()?.sum_all()?.to_scalar::<f64>();
+    assert!((squares(&y)? / squares(&x)? - 2.25).abs() < 1e-14);
+    let grads = y.sqr()?.sum_all()?.backward()?;
+    let expected = (x.as_tensor() * 4.5)?;
+    assert!(largest_difference(grads.get(&x).expect("a gradient"), &expected)? < 1e-13);
+    Ok(())
+}
+
+/// The place of a request, and the bits of its cosines and sines.
+type Part = (usize, Vec<u64>, Vec<u64>);
+
+/// Whatever is asked for first, and by however many threads.
+#[test]
+fn tables_grow_with_the_positions_and_hold_the_same_in_any_order() -> Result<()> {
+    let config = RopeConfig { head_size: 8, max_positions: 1 << 40, ..Default::default() };
+    let new = || Rope::new(&config, DType::F32, &Device::Cpu);
+    let asked =
+        [(3000, 5), (0, 3), (63, 2), (2047, 2), (1 << 39, 4), (5000, 0), (1, 1), (700, 600)];
+    let parts = |rope: &Rope, order: &[usize]| -> Result<Vec<Part>> {
+        let mut parts = Vec::new();
+        for &at in order {
+            let (start, t) = asked[at];
+            let (cos, sin) = rope.tables(start, t)?;
+            assert_eq!((cos.dims(), sin.dims()), (&[t, 4][..], &[t, 4][..]));
+            parts.push((at, bits(&cos.contiguous()?)?, bits(&sin.contiguous()?)?));
+        }
+        parts.sort();
+        Ok(parts)
+    };
+    let expected = parts(&new()?, &[0, 1, 2, 3, 4, 5, 6, 7])?;
+    let error = new()?.tables(0, 1 << 39).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("rope: positions: expected tables that fit into memory"), "{error}");
+    for order in [[7, 6, 5, 4, 3, 2, 1, 0], [1, 5, 2, 6, 3, 0, 4, 7]] {
+        assert_eq!(parts(&new()?, &order)?, expected);
+        let shared = new()?;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    let rope = shared.clone();
+                    scope.spawn(move || parts(&rope, &order).expect("tables"))
+                })
+                .collect();
+            for thread in threads {
+                assert_eq!(thread.join().expect("no panic"), expected);
+            }
+        });
+    }
     Ok(())
 }
 
@@ -221,6 +301,16 @@ fn errors_name_op_argument_expected_got_and_remedy() -> Result<()> {
         original_max_positions: 8192,
     };
     fails(new(RopeConfig { scaling, ..config() }), &["0 < low_freq_factor < high_freq_factor"]);
+    let scaling = RopeScaling::Yarn {
+        factor: 4.,
+        attention_factor: 1.,
+        beta_fast: 32.,
+        beta_slow: 1.,
+        original_max_positions: 8192,
+        truncate: true,
+    };
+    fails(new(RopeConfig { scaling, theta: 1., ..config() }), &["expected a ramp", "theta 1;"]);
+    fails(new(RopeConfig { head_size: 1 << 62, ..config() }), &["rope: head_size: expected one"]);
     Ok(())
 }
 
@@ -230,6 +320,6 @@ fn a_table_may_be_wider_than_x_and_is_used_in_f32() -> Result<()> {
     let rope_f64 = tables(RopeStyle::HalfSplit, 4, DType::F64)?;
     let rope_f32 = tables(RopeStyle::HalfSplit, 4, DType::F32)?;
     assert_eq!(bits(&rope_f64.rotate(&x, 2)?)?, bits(&rope_f32.rotate(&x, 2)?)?);
-    assert_eq!(rope_f32.cos().dim(D::Minus1)?, 2);
+    assert_eq!(rope_f32.tables(0, 3)?.0.dims(), [3, 2]);
     Ok(())
 }

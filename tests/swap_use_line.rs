@@ -16,10 +16,10 @@ struct Trained {
 }
 
 macro_rules! model_with {
-    ($module:ident, use $library:ident::$names:tt) => {
+    ($module:ident, $import:item) => {
         mod $module {
             use super::*;
-            use $library::$names;
+            $import
 
             /// The sum of the embeddings of a sentence, two blocks, a head.
             pub struct Classifier {
@@ -62,8 +62,8 @@ macro_rules! model_with {
     };
 }
 
-model_with!(candles, use candle_nn::{Dropout, LayerNorm, RmsNorm, layer_norm, rms_norm});
-model_with!(ours, use candle_dropout::{Dropout, LayerNorm, RmsNorm, layer_norm, rms_norm});
+model_with!(candles, use candle_nn::{Dropout, LayerNorm, RmsNorm, layer_norm, rms_norm};);
+model_with!(ours, use candle_dropout::nn::{Dropout, LayerNorm, RmsNorm, layer_norm, rms_norm};);
 
 /// Trains on sentences whose class is that of their largest token.
 fn train(model: impl Fn(VarBuilder) -> Result<Box<dyn ModuleT>>) -> Result<Trained> {

@@ -1,7 +1,7 @@
 //! A part of a tensor with its window draws its part of the mask, however large the whole is.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_dropout::{AttentionMask, dropout, dropout_add, softmax_dropout};
+use candle_dropout::functional::{AttentionMask, dropout, dropout_add, softmax_dropout};
 use cases::runner::{arguments, fused, gradient, same_bits};
 use cases::softmax_dropout::SCALE;
 use cases::{Case, mask, random};

@@ -51,7 +51,7 @@ pub struct Args {
     /// Where to train.
     #[arg(long, value_parser = ["cpu", "cuda"], default_value = "cpu")]
     pub device: String,
-    /// Runs side by side [default: one a core; 1 on cuda].
+    /// Runs side by side [default: one a core; on cuda always 1].
     #[arg(long)]
     threads: Option<usize>,
 
@@ -73,12 +73,23 @@ pub struct Args {
 
     #[arg(long)]
     pretrain_steps: Option<usize>,
+    /// Steps of fine-tuning [default: what is best for p = 0 on a seed that is not reported].
     #[arg(long)]
     finetune_steps: Option<usize>,
+    /// The most steps of fine-tuning that are tried, and that early stopping may take.
+    #[arg(long)]
+    search_steps: Option<usize>,
+    /// Steps of the stress arm, by default far more than are good.
+    #[arg(long)]
+    stress_steps: Option<usize>,
     #[arg(long)]
     pretrain_lr: Option<f64>,
+    /// Learning rates of fine-tuning, of which the best for p = 0 on a seed that is not reported is
+    /// taken.
+    #[arg(long, value_delimiter = ',', value_name = "LR,LR..")]
+    finetune_lr: Option<Vec<f64>>,
     #[arg(long)]
-    finetune_lr: Option<f64>,
+    stress_lr: Option<f64>,
     /// Windows a step in pretraining.
     #[arg(long)]
     pretrain_batch: Option<usize>,
@@ -129,13 +140,18 @@ impl Args {
         set(&mut s.pretrain_seeds, &self.pretrain_seeds);
         set(&mut s.finetune_seeds, &self.finetune_seeds);
         set(&mut s.pretrain.steps, &self.pretrain_steps);
-        set(&mut s.finetune.steps, &self.finetune_steps);
+        set(&mut s.finetune.steps, &self.search_steps);
+        set(&mut s.stress.steps, &self.stress_steps);
+        s.finetune_steps = self.finetune_steps;
         set(&mut s.pretrain.lr, &self.pretrain_lr);
-        set(&mut s.finetune.lr, &self.finetune_lr);
+        set(&mut s.finetune_lrs, &self.finetune_lr);
+        set(&mut s.stress.lr, &self.stress_lr);
         set(&mut s.pretrain.batch, &self.pretrain_batch);
         set(&mut s.finetune.batch, &self.finetune_batch);
+        set(&mut s.stress.batch, &self.finetune_batch);
         set(&mut s.pretrain.weight_decay, &self.weight_decay);
         set(&mut s.finetune.weight_decay, &self.weight_decay);
+        set(&mut s.stress.weight_decay, &self.weight_decay);
         set(&mut s.finetune_bytes, &self.finetune_bytes);
         set(&mut s.context, &self.context);
         set(&mut s.layers, &self.layers);
@@ -199,6 +215,26 @@ mod tests {
     }
 
     #[test]
+    fn a_number_of_steps_and_one_learning_rate_leave_nothing_to_tune() {
+        let wants = |flags: &[&str]| settings(flags).unwrap().wants_tuning();
+        assert!(wants(&[]) && wants(&["--finetune-steps", "30"]) && wants(&["--finetune-lr", "1"]));
+        assert!(!wants(&["--finetune-steps", "30", "--finetune-lr", "1e-3"]));
+        let s = settings(&["--seed", "7", "--search-steps", "80", "--stress-lr", "1e-2"]).unwrap();
+        assert_eq!((s.tuning_seed(), s.finetune.steps, s.stress.steps), (11, 80, 200));
+        assert!(!s.pretrain_seeds().contains(&s.tuning_seed()) && s.stress.lr == 1e-2);
+    }
+
+    #[test]
+    fn threads_side_by_side_are_refused_on_cuda() {
+        let error = settings(&["--device", "cuda", "--threads", "2"]).unwrap_err().to_string();
+        assert!(error.starts_with("--threads: expected 1 with --device cuda, got 2: "), "{error}");
+        assert!(error.contains("leave --threads out"), "{error}");
+        assert_eq!(settings(&["--device", "cuda"]).unwrap().threads, 1);
+        assert_eq!(settings(&["--device", "cuda", "--threads", "1"]).unwrap().threads, 1);
+        assert_eq!(settings(&["--threads", "2"]).unwrap().threads, 2);
+    }
+
+    #[test]
     fn bad_flags_are_refused_with_a_reason() {
         let error = |flags: &[&str]| settings(flags).unwrap_err().to_string();
         assert!(error(&["--pretrain-rates", "0.1,1"]).contains("expected 0 <= p < 1, got 1"));
@@ -208,6 +244,11 @@ mod tests {
             error(&["--heads", "5"]).contains(
                 "transformer: hidden_size: expected a multiple of num_attention_heads = 5"
             )
+        );
+        assert!(error(&["--stress-steps", "0"]).contains("--stress-steps: expected at least 1"));
+        assert!(
+            error(&["--finetune-lr", "1e-3,0"])
+                .contains("--finetune-lr: expected a positive number")
         );
         assert!(error(&["--pretrain", "a.txt"]).contains("--finetune"));
         let error = error(&["--seed", "18446744073709551615"]);

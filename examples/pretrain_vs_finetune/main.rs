@@ -12,17 +12,21 @@
 //! Registered before any run: H1, in one-epoch pretraining every p > 0 has a higher dev loss than p
 //! = 0; H2, after a fixed number of epochs of fine-tuning on little data some p from 0.05 to 0.2
 //! has a lower test loss than p = 0; H3, the same with early stopping.
+//!
+//! Changed after results had been seen: the fixed number, and with it the wording of H2, is the number
+//! of steps that is best for p = 0 on a tuning seed; what was tried first goes on as a stress arm.
 
 mod args;
 mod corpus;
 mod progress;
 mod random;
-mod report;
+pub mod report;
 mod settings;
 mod stats;
 mod train;
+mod tuning;
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -32,28 +36,35 @@ use clap::Parser;
 pub use args::Args;
 use corpus::{Document, Splits, Window};
 use progress::Progress;
-use report::{Report, TextReport};
+use report::{Report, Results, TextReport};
 use settings::Settings;
-use train::{Phase, Run, RunResult, Shared, Task, check_guards, side_by_side, train};
+use train::{
+    Phase, Recipe, Run, RunResult, Shared, Task, check_guards, learning_curve, side_by_side, train,
+};
+use tuning::{LearningRate, Tuning};
 
 fn main() -> Result<()> {
+    one_thread_a_run();
     run(&Args::parse())
 }
 
-/// The whole job, to its report. Call it before any thread is started.
+/// The whole job, to its report; `one_thread_a_run` comes first.
 pub fn run(args: &Args) -> Result<()> {
-    one_thread_a_run();
-    let report = job(args)?;
-    report.print();
-    report.write(&args.out)
+    // The whole job on one thread, unless runs go side by side: on CUDA a tensor must not cross threads, so the
+    // report, which holds the weights of its runs, is dropped there, too.
+    rayon::ThreadPoolBuilder::new().num_threads(1).build()?.install(|| {
+        let report = job(args)?;
+        report.print();
+        report.write(&args.out)
+    })
 }
 
 fn job(args: &Args) -> Result<Report> {
     let begin = Instant::now();
-    let settings = args.settings()?;
+    let mut settings = args.settings()?;
     let device = device(&args.device)?;
     let (pretrain, finetune) = args.texts(&settings)?;
-    let (tasks, text) = tasks(pretrain, finetune, &settings)?;
+    let (pretrain, mut finetune, text) = tasks(pretrain, finetune, &settings)?;
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("--out: cannot create {}", args.out.display()))?;
     text.print();
@@ -66,23 +77,56 @@ fn job(args: &Args) -> Result<Report> {
         train_windows: settings.dev_windows,
     };
     let rates = [&settings.pretrain_rates[..], &settings.finetune_rates[..]].concat();
-    check_guards(&tasks[&Phase::Pretrain], &shared, &rates)?;
+    check_guards(&pretrain, &shared, &rates)?;
     println!(
         "guards: p = 0 equals no dropout bit for bit, equal seeds give equal runs, keep rates \
          within 4 sigma"
     );
-    let pretrained = run_phase(Phase::Pretrain, &tasks, &shared, &settings, &[])?;
-    let finetuned = run_phase(Phase::Finetune, &tasks, &shared, &settings, &pretrained)?;
-    Ok(Report::new(&settings, text, pretrained, finetuned, begin.elapsed()))
+
+    let runs = |phase, rates: &[f32], seeds: std::ops::Range<u64>| -> Vec<Run> {
+        seeds
+            .flat_map(|seed| rates.iter().map(move |&drop_p| Run { phase, drop_p, seed }))
+            .collect()
+    };
+    let mut pretraining =
+        runs(Phase::Pretrain, &settings.pretrain_rates, settings.pretrain_seeds());
+    let reported = pretraining.len();
+    if settings.wants_tuning() {
+        let seed = settings.tuning_seed();
+        pretraining.push(Run { phase: Phase::Pretrain, drop_p: 0.0, seed });
+    }
+    let threads = settings.threads;
+    let mut pretrained = run_all("pretrain", &pretraining, &pretrain, &shared, threads, &[])?;
+    let tuning = match pretrained.split_off(reported).first() {
+        Some(base) => Some(tune(base, &finetune, &shared, &settings)?),
+        None => None,
+    };
+    if let Some(Tuning { chosen, .. }) = &tuning {
+        finetune.fixed_step = chosen.steps;
+        finetune.recipe.lr = chosen.lr;
+    }
+    settings.finetune = finetune.recipe.clone();
+
+    let runs = runs(Phase::Finetune, &settings.finetune_rates, settings.finetune_seeds());
+    let finetuned = run_all("finetune", &runs, &finetune, &shared, threads, &pretrained)?;
+    let stress = Task {
+        fixed_step: settings.stress.steps,
+        recipe: settings.stress.clone(),
+        ..finetune.clone()
+    };
+    let stressed = run_all("stress", &runs, &stress, &shared, threads, &pretrained)?;
+    let results = Results { tuning, pretrained, finetuned, stressed };
+    Ok(Report::new(&settings, text, results, begin.elapsed()))
 }
 
 /// Candle spreads one op over all cores through a process-wide pool that spins and serves one
 /// caller at a time: runs side by side would queue for it (on two cores a step took six times as
-/// long). Here every run keeps to its thread.
-fn one_thread_a_run() {
+/// long). Here every run keeps to its thread. Call it before any thread is started, which a CUDA driver
+/// does, too, when a device is opened.
+pub fn one_thread_a_run() {
     for name in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
-        // SAFETY: `run` calls this before any thread is started, so nothing reads the environment
-        // meanwhile.
+        // SAFETY: this is the first that a program does, before it opens a device or starts a thread, so
+        // nothing reads the environment meanwhile.
         unsafe { std::env::set_var(name, "1") }
     }
 }
@@ -99,32 +143,48 @@ fn device(name: &str) -> Result<Device> {
     Device::new_cuda(0).context("--device cuda: cannot open the first CUDA device")
 }
 
-/// Every rate with every seed of a phase. Fine-tuning starts from the p = 0 model of the same seed.
-fn run_phase(
-    phase: Phase,
-    tasks: &BTreeMap<Phase, Task>,
+/// Trains the runs of one task. Fine-tuning starts from the p = 0 model of the same seed among
+/// `bases`.
+fn run_all(
+    name: &'static str,
+    runs: &[Run],
+    task: &Task,
     shared: &Shared,
-    settings: &Settings,
+    threads: usize,
     bases: &[RunResult],
 ) -> Result<Vec<RunResult>> {
-    let (rates, seeds) = match phase {
-        Phase::Pretrain => (&settings.pretrain_rates, settings.pretrain_seeds()),
-        Phase::Finetune => (&settings.finetune_rates, settings.finetune_seeds()),
-    };
-    let runs: Vec<Run> = seeds
-        .flat_map(|seed| rates.iter().map(move |&drop_p| Run { phase, drop_p, seed }))
-        .collect();
-    let task = &tasks[&phase];
-    let progress = Progress::new(phase, runs.len(), task.recipe.steps);
-    let results = side_by_side(&runs, settings.threads, |run| {
+    let progress = Progress::new(name, runs.len(), task.recipe.steps);
+    let results = side_by_side(runs, threads, |run| {
         let base = bases.iter().find(|base| base.run.drop_p == 0.0 && base.run.seed == run.seed);
         let result = train(*run, task, shared, base.map(|base| &base.weights), || progress.step())
-            .with_context(|| format!("{phase:?} with p = {} and seed {}", run.drop_p, run.seed))?;
+            .with_context(|| format!("{name} with p = {} and seed {}", run.drop_p, run.seed))?;
         progress.finished(&result);
         Ok(result)
     })?;
     progress.close();
     Ok(results)
+}
+
+/// The learning curve of p = 0 with each learning rate, from a model whose seed is not reported.
+fn tune(base: &RunResult, task: &Task, shared: &Shared, settings: &Settings) -> Result<Tuning> {
+    let run = Run { phase: Phase::Finetune, ..base.run };
+    let tasks: Vec<Task> = settings
+        .finetune_lrs
+        .iter()
+        .map(|&lr| Task { recipe: Recipe { lr, ..task.recipe.clone() }, ..task.clone() })
+        .collect();
+    let progress = Progress::new("tuning", tasks.len(), task.recipe.steps);
+    let curves = side_by_side(&tasks, settings.threads, |task| {
+        let lr = task.recipe.lr;
+        let curve = learning_curve(run, task, shared, Some(&base.weights), || progress.step())
+            .with_context(|| format!("tuning with a learning rate of {lr}"))?;
+        Ok(LearningRate { lr, curve })
+    })?;
+    progress.close();
+    let tuning =
+        Tuning::new(run.seed, curves, settings.finetune_steps).context("tuning: no curve")?;
+    tuning.print();
+    Ok(tuning)
 }
 
 /// Cuts the texts into what the phases train and are judged on, and checks that there is enough of
@@ -133,7 +193,7 @@ fn tasks(
     pretrain: Splits,
     mut finetune: Splits,
     settings: &Settings,
-) -> Result<(BTreeMap<Phase, Task>, TextReport)> {
+) -> Result<(Task, Task, TextReport)> {
     let hash = corpus::fnv1a(&[&pretrain, &finetune]);
     let context = settings.context;
     let available = finetune.bytes()[0];
@@ -187,18 +247,27 @@ fn tasks(
         windows.push(held_out(phase, "test", &splits.test, settings.test_windows)?);
     }
     let mut windows = windows.into_iter();
-    let mut task = |splits: Splits, recipe| -> Result<Task> {
-        let mut next = || windows.next().context("held-out windows");
+    let mut task = |splits: Splits, recipe: Recipe, fixed_step| -> Result<Task> {
+        let mut held_out = |documents| -> Result<_> {
+            Ok(Arc::new((documents, windows.next().context("held-out windows")?)))
+        };
         Ok(Task {
-            train: splits.train,
-            dev: (splits.dev, next()?),
-            test: (splits.test, next()?),
+            train: Arc::new(splits.train),
+            dev: held_out(splits.dev)?,
+            test: held_out(splits.test)?,
             recipe,
+            fixed_step,
         })
     };
-    let pretrain = task(pretrain, settings.pretrain.clone())?;
-    let finetune = task(finetune, settings.finetune.clone())?;
-    Ok((BTreeMap::from([(Phase::Pretrain, pretrain), (Phase::Finetune, finetune)]), text))
+    let pretrain = task(pretrain, settings.pretrain.clone(), settings.pretrain.steps)?;
+    // Long enough for the number of steps that is asked for; which one is chosen, tuning says.
+    let fixed_step = settings.finetune_steps.unwrap_or(settings.finetune.steps);
+    let recipe = Recipe {
+        lr: settings.finetune_lrs[0],
+        steps: settings.finetune.steps.max(fixed_step),
+        ..settings.finetune.clone()
+    };
+    Ok((pretrain, task(finetune, recipe, fixed_step)?, text))
 }
 
 #[cfg(test)]
@@ -222,11 +291,13 @@ mod tests {
     fn runs_side_by_side_do_not_disturb_one_another() {
         let out = folder("threads");
         let losses = |threads: &str| {
-            let flags = ["--pretrain-steps", "6", "--finetune-steps", "6", "--threads", threads];
+            let flags = ["--pretrain-steps", "6", "--search-steps", "6", "--stress-steps", "9"];
+            let flags = [&flags[..], &["--threads", threads]].concat();
             job(&args(&flags, &out)).unwrap().losses()
         };
         let alone = losses("1");
-        assert_eq!(alone.len(), 2 * 2 * 2 * 2);
+        // Pretraining, fine-tuning and the stress arm at two rates with two seeds.
+        assert_eq!(alone.len(), 3 * 2 * 2 * 2);
         assert_eq!(alone, losses("3"));
         std::fs::remove_dir_all(out).unwrap();
     }
@@ -243,12 +314,13 @@ mod tests {
         let (long, short) = (file("long", 0..4000), file("short", 9000..9100));
         let poems = file("poems", 5000..6000);
         let job = |flags: &[&str]| {
-            let flags = [&["--pretrain-steps", "6", "--finetune-steps", "6"], flags].concat();
+            let steps = ["--pretrain-steps", "6", "--finetune-steps", "6", "--stress-steps", "6"];
+            let flags = [&steps, flags].concat();
             job(&args(&flags, &out))
                 .map(|report| report.losses().len())
                 .map_err(|e| format!("{e:#}"))
         };
-        assert_eq!(job(&["--pretrain", &long, "--finetune", &poems]), Ok(16));
+        assert_eq!(job(&["--pretrain", &long, "--finetune", &poems]), Ok(24));
         let error = job(&["--pretrain", &short, "--finetune", &poems]).unwrap_err();
         assert!(
             error.starts_with("pretraining text: 1536 bytes are needed, there are 704:"),
@@ -267,6 +339,26 @@ mod tests {
         assert!(error.contains("also occur in training text: 64 bytes are needed"), "{error}");
         let error = job(&["--pretrain", "no-such-file", "--finetune", &poems]).unwrap_err();
         assert!(error.contains("cannot read no-such-file"), "{error}");
+        std::fs::remove_dir_all(out).unwrap();
+    }
+
+    #[test]
+    fn steps_and_learning_rate_are_chosen_on_a_seed_apart_unless_they_are_given() {
+        let out = folder("tuning");
+        let tuned = |flags: &[&str]| {
+            let steps = ["--pretrain-steps", "6", "--search-steps", "10", "--stress-steps", "6"];
+            let report = job(&args(&[&steps, flags].concat(), &out)).unwrap();
+            report.tuning().cloned()
+        };
+        let tuning = tuned(&[]).unwrap();
+        // The quick preset reports seeds 1 and 2.
+        assert_eq!((tuning.seed, tuning.curves.len()), (3, 2));
+        let points = tuning.curves.iter().flat_map(|of| of.curve[1..].iter().map(|p| (of.lr, p)));
+        let (lr, best) = points.min_by(|a, b| a.1.dev_loss.total_cmp(&b.1.dev_loss)).unwrap();
+        assert_eq!((tuning.chosen.lr, tuning.chosen.steps), (lr, best.step));
+        assert_eq!(tuned(&["--finetune-steps", "7"]).unwrap().chosen.steps, 7);
+        assert_eq!(tuned(&["--finetune-steps", "12"]).unwrap().chosen.steps, 12);
+        assert!(tuned(&["--finetune-steps", "7", "--finetune-lr", "1e-3"]).is_none());
         std::fs::remove_dir_all(out).unwrap();
     }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::train::{Phase, RunResult};
+use super::train::RunResult;
 
 const REDRAWN_EVERY: Duration = Duration::from_millis(200);
 /// Back to the first column, of a line that is empty from there on.
@@ -16,7 +16,7 @@ const CLEAR: &str = "\r\x1b[K";
 
 pub struct Progress {
     is_terminal: bool,
-    phase: Phase,
+    name: &'static str,
     runs: usize,
     done: AtomicUsize,
     steps: usize,
@@ -27,10 +27,10 @@ pub struct Progress {
 }
 
 impl Progress {
-    pub fn new(phase: Phase, runs: usize, steps: usize) -> Self {
+    pub fn new(name: &'static str, runs: usize, steps: usize) -> Self {
         Self {
             is_terminal: std::io::stderr().is_terminal(),
-            phase,
+            name,
             runs,
             done: AtomicUsize::new(0),
             steps: runs * steps,
@@ -46,8 +46,8 @@ impl Progress {
             self.draw(stepped);
         } else if stepped * 10 / self.steps != (stepped - 1) * 10 / self.steps {
             // Elsewhere a line at every tenth of the way.
-            let (phase, seconds) = (self.name(), self.begin.elapsed().as_secs());
-            eprintln!("{phase}: step {stepped} of {}, {seconds} s", self.steps);
+            let (name, seconds) = (self.name, self.begin.elapsed().as_secs());
+            eprintln!("{name}: step {stepped} of {}, {seconds} s", self.steps);
         }
     }
 
@@ -56,19 +56,20 @@ impl Progress {
         let Ok(mut drawn) = self.drawn.try_lock() else { return };
         if drawn.elapsed() >= REDRAWN_EVERY {
             *drawn = Instant::now();
-            eprint!("{CLEAR}{}", bar(&self.name(), stepped, self.steps, self.begin.elapsed()));
+            eprint!("{CLEAR}{}", bar(self.name, stepped, self.steps, self.begin.elapsed()));
         }
     }
 
     pub fn finished(&self, result: &RunResult) {
         let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
         let line = format!(
-            "{} {done}/{}: p {:<4} seed {}: dev {:.3}, best {:.3} at step {}, {:.0} tokens/s, {:.1} s",
-            self.name(),
+            "{} {done}/{}: p {:<4} seed {}: dev {:.3} at step {}, best {:.3} at {}, {:.0} tokens/s, {:.1} s",
+            self.name,
             self.runs,
             result.run.drop_p,
             result.run.seed,
-            result.last.dev.loss(),
+            result.fixed.dev.loss(),
+            result.fixed.step,
             result.early.dev.loss(),
             result.early.step,
             result.tokens_per_second,
@@ -80,10 +81,6 @@ impl Progress {
 
     fn clear(&self) -> &'static str {
         if self.is_terminal { CLEAR } else { "" }
-    }
-
-    fn name(&self) -> String {
-        format!("{:?}", self.phase).to_lowercase()
     }
 
     pub fn close(&self) {

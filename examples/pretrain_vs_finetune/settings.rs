@@ -31,7 +31,15 @@ pub struct Settings {
     pub pretrain_seeds: usize,
     pub finetune_seeds: usize,
     pub pretrain: Recipe,
+    /// Its steps are the most that are tried and that early stopping may take; its learning rate
+    /// becomes that which is chosen.
     pub finetune: Recipe,
+    /// Learning rates of fine-tuning to choose from.
+    pub finetune_lrs: Vec<f64>,
+    /// Steps of the arm of a fixed number of steps; by default chosen.
+    pub finetune_steps: Option<usize>,
+    /// Of the stress arm: in the `cpu` preset far too many steps.
+    pub stress: Recipe,
     pub finetune_bytes: usize,
     pub context: usize,
     pub layers: usize,
@@ -76,7 +84,10 @@ impl Settings {
             pretrain_seeds: 4,
             finetune_seeds: 4,
             pretrain,
-            finetune,
+            stress: finetune.clone(),
+            finetune: Recipe { steps: 300, ..finetune },
+            finetune_lrs: vec![2e-3, 1e-3, 5e-4, 2.5e-4],
+            finetune_steps: None,
             finetune_bytes: 4_000,
             context: 64,
             layers: 2,
@@ -97,6 +108,8 @@ impl Settings {
                 finetune_rates: vec![0.0, 0.1],
                 pretrain: Recipe { steps: 40, batch: 8, warmup: 4, eval_every: 20, ..cpu.pretrain },
                 finetune: Recipe { steps: 20, batch: 8, warmup: 2, eval_every: 5, ..cpu.finetune },
+                stress: Recipe { steps: 40, batch: 8, warmup: 2, eval_every: 10, ..cpu.stress },
+                finetune_lrs: vec![2e-3, 1e-3],
                 finetune_bytes: 2_000,
                 context: 32,
                 layers: 1,
@@ -118,6 +131,8 @@ impl Settings {
                     ..cpu.pretrain
                 },
                 finetune: Recipe { steps: 250, batch: 32, lr: 3e-4, ..cpu.finetune },
+                stress: Recipe { steps: 250, batch: 32, lr: 3e-4, ..cpu.stress },
+                finetune_lrs: vec![6e-4, 3e-4, 1.5e-4, 7.5e-5],
                 finetune_bytes: 50_000,
                 context: 128,
                 layers: 4,
@@ -154,6 +169,16 @@ impl Settings {
         self.seed..self.seed.saturating_add(self.finetune_seeds as u64)
     }
 
+    /// The seed after those that are reported.
+    pub fn tuning_seed(&self) -> u64 {
+        self.seed.saturating_add(self.pretrain_seeds as u64)
+    }
+
+    /// Whether anything about fine-tuning is left to choose.
+    pub fn wants_tuning(&self) -> bool {
+        self.finetune_steps.is_none() || self.finetune_lrs.len() > 1
+    }
+
     #[cfg(test)]
     pub fn for_tests() -> Self {
         Self::preset(Preset::Quick)
@@ -165,7 +190,9 @@ impl Settings {
             ("--pretrain-seeds", self.pretrain_seeds),
             ("--finetune-seeds", self.finetune_seeds),
             ("--pretrain-steps", self.pretrain.steps),
-            ("--finetune-steps", self.finetune.steps),
+            ("--finetune-steps", self.finetune_steps.unwrap_or(1)),
+            ("--search-steps", self.finetune.steps),
+            ("--stress-steps", self.stress.steps),
             ("--pretrain-batch", self.pretrain.batch),
             ("--finetune-batch", self.finetune.batch),
             ("--context", self.context),
@@ -173,6 +200,13 @@ impl Settings {
         for (flag, value) in at_least_one {
             ensure!(value > 0, "{flag}: expected at least 1, got 0");
         }
+        ensure!(
+            self.device != "cuda" || self.threads == 1,
+            "--threads: expected 1 with --device cuda, got {}: candle gives each host thread a CUDA \
+             stream of its own, and nothing orders what two of them do to one tensor; leave \
+             --threads out",
+            self.threads
+        );
         let largest = u64::MAX.saturating_sub(self.pretrain_seeds as u64);
         ensure!(
             self.seed <= largest,
@@ -180,8 +214,10 @@ impl Settings {
             self.pretrain_seeds,
             self.seed
         );
+        ensure!(!self.finetune_lrs.is_empty(), "--finetune-lr: expected at least one, got none");
+        let lrs = self.finetune_lrs.iter().map(|&lr| ("--finetune-lr", lr));
         for (flag, value) in
-            [("--pretrain-lr", self.pretrain.lr), ("--finetune-lr", self.finetune.lr)]
+            lrs.chain([("--pretrain-lr", self.pretrain.lr), ("--stress-lr", self.stress.lr)])
         {
             ensure!(
                 value.is_finite() && value > 0.0,

@@ -16,7 +16,7 @@
 # DTYPES, f32, f16 or bf16, likewise (bench: all; peers: bf16, on the CPU f32); SIZES, bytes of x, likewise;
 # LIMIT, seconds that a program may take (any).
 #
-# Results: <device>-<date>.json, .md, .svg and -peers-readme.md, train.json, train.svg, run.log. bench and peers
+# Results: <device>-<date>.json, .md, .svg and -peers-readme.md, train.json, .md, .svg, run.log. bench and peers
 # save what they have after each measurement; choices have sections of their own, so one run adds to another.
 #
 # Exit codes: 0 all right, 1 something failed (the end of the output says what), 2 bad arguments,
@@ -212,7 +212,8 @@ train() {
   [ ${#small[@]} -eq 0 ] || preset=(--quick)
   bundle train --device "$device" "${preset[@]}" --pretrain text/pretrain.txt --finetune text/finetune.txt \
     --out "$probe/train" || return
-  mv "$probe/train/report.json" "$out/train.json" && mv "$probe/train/report.svg" "$out/train.svg"
+  local kind
+  for kind in json md svg; do mv "$probe/train/report.$kind" "$out/train.$kind" || return; done
 }
 
 if is_wanted correctness; then

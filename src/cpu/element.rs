@@ -1,6 +1,6 @@
 //! The dtypes of tensors on the CPU. Twin of `kernels/elem.cuh`.
 
-use candle_core::{Result, Storage, WithDType};
+use candle_core::{CpuStorage, Result, Storage, WithDType};
 use half::{bf16, f16};
 
 use super::half::{round_to_bf16, round_to_f16, widen_bf16, widen_f16};
@@ -14,10 +14,12 @@ pub(crate) trait Element: WithDType {
     const ZERO: Self;
     fn load(self) -> Self::Real;
     fn store(x: Self::Real) -> Self;
+    /// The elements of a storage that is written in place, if they are of this type.
+    fn elements_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
 }
 
 macro_rules! element {
-    ($elem:ty, $real:ty, $zero:expr, $load:expr, $store:expr) => {
+    ($elem:ty, $dtype:ident, $real:ty, $zero:expr, $load:expr, $store:expr) => {
         impl Element for $elem {
             type Real = $real;
             const ZERO: Self = $zero;
@@ -29,14 +31,20 @@ macro_rules! element {
             fn store(x: $real) -> Self {
                 $store(x)
             }
+            fn elements_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+                match storage {
+                    CpuStorage::$dtype(elements) => Some(elements),
+                    _ => None,
+                }
+            }
         }
     };
 }
 
-element!(f32, f32, 0., |x| x, |x| x);
-element!(f64, f64, 0., |x| x, |x| x);
-element!(f16, f32, f16::ZERO, widen_f16, round_to_f16);
-element!(bf16, f32, bf16::ZERO, widen_bf16, round_to_bf16);
+element!(f32, F32, f32, 0., |x| x, |x| x);
+element!(f64, F64, f64, 0., |x| x, |x| x);
+element!(f16, F16, f32, f16::ZERO, widen_f16, round_to_f16);
+element!(bf16, BF16, f32, bf16::ZERO, widen_bf16, round_to_bf16);
 
 /// Runs `$body` with `$E` bound to the element type of an [`Input`].
 macro_rules! for_float_dtype {

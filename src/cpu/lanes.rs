@@ -47,17 +47,59 @@ pub(crate) fn slice_sum<R: Real>(x: &[R], term: impl Fn(R) -> R) -> R {
     totals.into_iter().sum()
 }
 
+/// The mean of the elements, as they are summed by [`lane_sum`]. No rounding moves it out of their range, so that
+/// of equal elements it is what they are.
+#[inline(always)]
+pub(crate) fn lane_mean<R: Real>(x: &[R]) -> R {
+    let mut totals = [R::ZERO; LANES];
+    let (mut smallest, mut largest) = ([R::INFINITY; LANES], [R::NEG_INFINITY; LANES]);
+    for block in x.chunks(BLOCK) {
+        let mut sums = [R::ZERO; LANES];
+        let chunks = block.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            for (lane, x) in chunk.iter().enumerate() {
+                sums[lane] += *x;
+                smallest[lane] = smaller(smallest[lane], *x);
+                largest[lane] = larger(largest[lane], *x);
+            }
+        }
+        for (lane, x) in rest.iter().enumerate() {
+            sums[lane] += *x;
+            smallest[lane] = smaller(smallest[lane], *x);
+            largest[lane] = larger(largest[lane], *x);
+        }
+        totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+    }
+    let mean = totals.into_iter().sum::<R>() / R::from_f64(x.len() as f64);
+    let smallest = smallest.into_iter().fold(R::INFINITY, smaller);
+    let largest = largest.into_iter().fold(R::NEG_INFINITY, larger);
+    // A mean that is NaN stays so.
+    smaller(larger(mean, smallest), largest)
+}
+
+/// The smaller of two, the first where one is NaN.
+#[inline(always)]
+fn smaller<R: Real>(a: R, b: R) -> R {
+    if b < a { b } else { a }
+}
+
+/// The larger of two, the first where one is NaN.
+#[inline(always)]
+fn larger<R: Real>(a: R, b: R) -> R {
+    if b > a { b } else { a }
+}
+
 /// The largest element; NaN is passed over.
 #[inline(always)]
 pub(crate) fn lane_max<R: Real>(x: &[R]) -> R {
-    let max = |a: R, b: R| if b > a { b } else { a };
     let mut lanes = [R::NEG_INFINITY; LANES];
     let chunks = x.chunks_exact(LANES);
     let rest = chunks.remainder();
     for chunk in chunks {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = max(*lane, *x);
+            *lane = larger(*lane, *x);
         }
     }
-    rest.iter().chain(&lanes).fold(R::NEG_INFINITY, |a, b| max(a, *b))
+    rest.iter().chain(&lanes).copied().fold(R::NEG_INFINITY, larger)
 }

@@ -1,6 +1,7 @@
 //! What passes on the CPU are made of: elements and the reals they are computed in, loops that vectorise,
-//! outputs that are filled in parallel, products of tiles.
+//! sums over rows, outputs that are filled in parallel, products of tiles.
 
+mod column_sums;
 mod element;
 mod filled;
 mod half;
@@ -9,11 +10,12 @@ mod real;
 mod tiles;
 pub(crate) mod vectorized;
 
+pub(crate) use column_sums::ColumnSums;
 pub(crate) use element::{Element, for_float_dtype, optional_slice, storage};
 pub(crate) use filled::{
     Scattered, filled, filled_pair, filled_per_row, filled_with, map_tasks, scattered,
 };
-pub(crate) use lanes::{lane_max, lane_sum, slice_sum};
+pub(crate) use lanes::{lane_max, lane_mean, lane_sum, slice_sum};
 pub(crate) use real::Real;
 pub(crate) use tiles::{Left, Product, Right, multiply, panel};
 pub(crate) use vectorized::vectorized;

@@ -1,10 +1,11 @@
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
-use super::site::Site;
+use super::rate_schedule::{share_of_block, share_of_layer};
+use super::site::{Site, module_methods, rate_methods};
+use crate::functional::{StochasticDepth, drop_path, drop_path_add, drop_path_kept};
 use crate::mask::{DropMask, MaskGenerator};
-use crate::ops::{StochasticDepth, drop_path_add, drop_path_kept};
 
 /// Stochastic depth as a layer: adds a residual branch that is dropped as a whole in training.
 ///
@@ -17,7 +18,8 @@ use crate::ops::{StochasticDepth, drop_path_add, drop_path_kept};
 /// ```
 /// use std::sync::Arc;
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_dropout::{DropPath, MaskGenerator, StochasticDepth};
+/// use candle_dropout::{DropPath, MaskGenerator};
+/// use candle_dropout::functional::StochasticDepth;
 ///
 /// # fn main() -> candle_core::Result<()> {
 /// let generator = Arc::new(MaskGenerator::new(42));
@@ -35,40 +37,59 @@ pub struct DropPath {
     mode: StochasticDepth,
 }
 
+const NAME: &str = "drop_path";
+
 impl DropPath {
     /// A layer that drops its branch with probability `drop_p`, sample by sample.
-    pub fn new(drop_p: f32, generator: Arc<MaskGenerator>) -> Self {
-        Self { site: Site::new(drop_p, generator), mode: StochasticDepth::Row }
-    }
-
-    /// Layer `layer` (1 to `n_layer`) of the linear schedule `p_l = l/L * p_L` (section 3 of the
-    /// paper): later layers are dropped more often.
     ///
     /// # Errors
-    /// `layer` is 0 or above `n_layer`.
+    /// `drop_p` is no probability.
+    pub fn new(drop_p: impl Into<f64>, generator: Arc<MaskGenerator>) -> Result<Self> {
+        let site = Site::new(drop_p, generator).checked(NAME)?;
+        Ok(Self { site, mode: StochasticDepth::Row })
+    }
+
+    /// Layer `layer` (1 to `n_layer`) of the paper's linear schedule `p_l = l/L * p_L` (section 3): later
+    /// layers are dropped more often, and the first one is dropped, too.
+    ///
+    /// # Errors
+    /// `layer` is 0 or above `n_layer`; `last_drop_p` is no probability.
     pub fn linear(
         layer: usize,
         n_layer: usize,
-        last_drop_p: f32,
+        last_drop_p: impl Into<f64>,
         generator: Arc<MaskGenerator>,
     ) -> Result<Self> {
-        if !(1..=n_layer).contains(&layer) {
-            bail!(
-                "drop_path: layer: expected 1 to n_layer {n_layer}, got {layer}; count layers from 1"
-            )
-        }
-        let drop_p = (layer as f64 / n_layer as f64 * f64::from(last_drop_p)) as f32;
-        Ok(Self::new(drop_p, generator))
+        Self::scheduled(share_of_layer(NAME, layer, n_layer)?, last_drop_p, generator)
+    }
+
+    /// Block `block` (0 to `n_block - 1`) of timm's schedule, `linspace(0, p, n_block)`: the first block is never
+    /// dropped, the last one with probability `last_drop_p`. A single block is never dropped.
+    ///
+    /// # Errors
+    /// `block` is not below `n_block`; `last_drop_p` is no probability.
+    pub fn linspace(
+        block: usize,
+        n_block: usize,
+        last_drop_p: impl Into<f64>,
+        generator: Arc<MaskGenerator>,
+    ) -> Result<Self> {
+        Self::scheduled(share_of_block(NAME, block, n_block)?, last_drop_p, generator)
+    }
+
+    /// A layer with this share of the last rate, which is checked itself: a share of 1.5 may be a probability.
+    fn scheduled(
+        share: f64,
+        last_drop_p: impl Into<f64>,
+        generator: Arc<MaskGenerator>,
+    ) -> Result<Self> {
+        let last_drop_p = Self::new(last_drop_p, generator.clone())?.drop_p();
+        Self::new(share * f64::from(last_drop_p), generator)
     }
 
     /// The same layer, dropping by sample or by batch.
     pub fn with_mode(self, mode: StochasticDepth) -> Self {
         Self { mode, ..self }
-    }
-
-    /// The drop probability.
-    pub fn drop_p(&self) -> f32 {
-        self.site.drop_p()
     }
 
     /// What this layer drops together.
@@ -82,7 +103,16 @@ impl DropPath {
     /// # Errors
     /// The rate is no probability.
     pub fn next_mask(&self, train: bool) -> Result<DropMask> {
-        self.site.next_mask(train)
+        self.site.next_mask(NAME, train)
+    }
+
+    /// The branch alone, dropped at random if `train` is true: for blocks that add the residual themselves.
+    /// [`forward_add`](Self::forward_add) does both in one pass.
+    ///
+    /// # Errors
+    /// The tensor is refused by [`drop_path`].
+    pub fn forward(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+        drop_path(xs, self.mode, &self.next_mask(train)?)
     }
 
     /// `residual + branch`, with the branch dropped at random if `train` is true.
@@ -108,3 +138,7 @@ impl DropPath {
         drop_path_kept(x, residual, self.mode, &self.next_mask(train)?, branch)
     }
 }
+
+rate_methods!(DropPath, site);
+
+module_methods!(DropPath);

@@ -1,10 +1,10 @@
 use std::sync::Arc;
 
-use candle_core::{ModuleT, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::site::Site;
+use super::site::{Site, module_methods, rate_methods};
+use crate::functional::dropout;
 use crate::mask::{DropMask, MaskGenerator};
-use crate::ops::dropout;
 
 /// Dropout as a layer; a drop-in for `candle_nn::Dropout`.
 ///
@@ -25,7 +25,7 @@ use crate::ops::dropout;
 /// use candle_dropout::{Dropout, MaskGenerator};
 ///
 /// # fn main() -> candle_core::Result<()> {
-/// let layer = Dropout::with_generator(0.5, Arc::new(MaskGenerator::new(42)));
+/// let layer = Dropout::with_generator(0.5, Arc::new(MaskGenerator::new(42)))?;
 /// let x = Tensor::ones((2, 3), DType::F32, &Device::Cpu)?;
 /// let y = layer.forward(&x, true)?;
 /// assert!(y.flatten_all()?.to_vec1::<f32>()?.iter().all(|y| [0., 2.].contains(y)));
@@ -36,23 +36,30 @@ use crate::ops::dropout;
 #[derive(Clone, Debug)]
 pub struct Dropout(Site);
 
+const NAME: &str = "dropout";
+
 impl Dropout {
-    /// A layer that draws from the process-wide generator; see [`set_seed`](crate::set_seed).
-    pub fn new(drop_p: f32) -> Self {
+    /// A layer that draws from the process-wide generator; see [`set_seed`](crate::set_seed). Candle's signature has
+    /// no place for an error: a rate that is no probability is one of every call.
+    pub fn new(drop_p: impl Into<f64>) -> Self {
         Self(Site::process_wide(drop_p))
     }
 
     /// A layer that draws from a generator shared within one model.
-    pub fn with_generator(drop_p: f32, generator: Arc<MaskGenerator>) -> Self {
-        Self(Site::new(drop_p, generator))
+    ///
+    /// # Errors
+    /// `drop_p` is no probability.
+    pub fn with_generator(drop_p: impl Into<f64>, generator: Arc<MaskGenerator>) -> Result<Self> {
+        Site::new(drop_p, generator).checked(NAME).map(Self)
     }
 
-    /// The mask of this call: for fused ops that apply the dropout themselves.
+    /// The mask of this call: for fused ops that apply the dropout themselves. It is for one site: two ops that
+    /// take the same mask drop the same elements.
     ///
     /// # Errors
     /// The rate is no probability.
     pub fn next_mask(&self, train: bool) -> Result<DropMask> {
-        self.0.next_mask(train)
+        self.0.next_mask(NAME, train)
     }
 
     /// Applies dropout if `train` is true.
@@ -65,8 +72,6 @@ impl Dropout {
     }
 }
 
-impl ModuleT for Dropout {
-    fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
-        self.forward(xs, train)
-    }
-}
+rate_methods!(Dropout, 0);
+
+module_methods!(Dropout);

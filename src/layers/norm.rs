@@ -1,19 +1,19 @@
-use candle_core::{Module, Result, Tensor};
+use candle_core::{Error, Module, Result, Tensor, bail};
 use candle_nn::{Init, LayerNormConfig, VarBuilder};
 
-use crate::ops::Norm;
+use super::site::name_at;
+use crate::functional::{Norm, check_eps};
 
 /// LayerNorm as a layer, with a gradient; a drop-in for `candle_nn::LayerNorm`, whose forward pass
 /// ends the graph on contiguous input, so that everything upstream trains as if frozen.
 ///
-/// The formula, shapes, dtypes and errors are those of [`Norm`]; [`norm`](Self::norm) lends it to
-/// [`dropout_add_norm`](crate::dropout_add_norm).
+/// The formula, shapes, dtypes and errors are those of [`Norm`], which it is for
+/// [`dropout_add_norm`](crate::functional::dropout_add_norm()).
 ///
 /// # Example
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
-/// use candle_dropout::layer_norm;
-/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_dropout::nn::{VarBuilder, VarMap, layer_norm};
 ///
 /// # fn main() -> candle_core::Result<()> {
 /// let vars = VarMap::new();
@@ -62,9 +62,10 @@ impl LayerNorm {
     pub fn remove_mean(&self) -> bool {
         self.0.remove_mean()
     }
+}
 
-    /// The norm itself, for fused ops that apply it.
-    pub fn norm(&self) -> &Norm {
+impl AsRef<Norm> for LayerNorm {
+    fn as_ref(&self) -> &Norm {
         &self.0
     }
 }
@@ -72,6 +73,39 @@ impl LayerNorm {
 impl Module for LayerNorm {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.0.forward(xs)
+    }
+}
+
+impl From<candle_nn::LayerNorm> for LayerNorm {
+    fn from(layer: candle_nn::LayerNorm) -> Self {
+        let (weight, eps) = (layer.weight().clone(), layer.eps());
+        let norm = match layer.remove_mean() {
+            true => Norm::layer_norm(weight, None, eps),
+            false => Norm::rms_norm(weight, eps),
+        };
+        Self(match layer.bias() {
+            Some(bias) => norm.with_bias(bias.clone()),
+            None => norm,
+        })
+    }
+}
+
+impl TryFrom<LayerNorm> for candle_nn::LayerNorm {
+    type Error = Error;
+
+    /// # Errors
+    /// The layer has a bias and leaves the mean in place, which candle makes from variables alone.
+    fn try_from(layer: LayerNorm) -> Result<Self> {
+        let (weight, eps) = (layer.weight().clone(), layer.eps());
+        match (layer.remove_mean(), layer.bias()) {
+            (true, Some(bias)) => Ok(Self::new(weight, bias.clone(), eps)),
+            (true, None) => Ok(Self::new_no_bias(weight, eps)),
+            (false, None) => Ok(Self::rms_norm(weight, eps)),
+            (false, Some(_)) => bail!(
+                "layer_norm: bias: expected none in a layer that leaves the mean in place, got one; make \
+                 candle's with candle_nn::layer_norm"
+            ),
+        }
     }
 }
 
@@ -116,11 +150,6 @@ impl RmsNorm {
         self.0.eps()
     }
 
-    /// The norm itself, for fused ops that apply it.
-    pub fn norm(&self) -> &Norm {
-        self.0.norm()
-    }
-
     /// The forward pass, which here always has a gradient; candle's name for it.
     ///
     /// # Errors
@@ -130,9 +159,27 @@ impl RmsNorm {
     }
 }
 
+impl AsRef<Norm> for RmsNorm {
+    fn as_ref(&self) -> &Norm {
+        self.0.as_ref()
+    }
+}
+
 impl Module for RmsNorm {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.0.forward(xs)
+    }
+}
+
+impl From<candle_nn::RmsNorm> for RmsNorm {
+    fn from(layer: candle_nn::RmsNorm) -> Self {
+        Self::new(layer.weight().clone(), layer.eps())
+    }
+}
+
+impl From<RmsNorm> for candle_nn::RmsNorm {
+    fn from(layer: RmsNorm) -> Self {
+        Self::new(layer.weight().clone(), layer.eps())
     }
 }
 
@@ -141,13 +188,22 @@ impl Module for RmsNorm {
 /// [`LayerNormConfig`] or just its `eps`.
 ///
 /// # Errors
-/// `vb` holds a variable of another shape.
-pub fn layer_norm(
+/// `eps` is negative or not finite; `vb` holds a variable of another shape.
+pub fn layer_norm<C: Into<LayerNormConfig>>(
     size: usize,
-    config: impl Into<LayerNormConfig>,
+    config: C,
     vb: VarBuilder,
 ) -> Result<LayerNorm> {
-    let config = config.into();
+    from_variables("layer_norm", size, config.into(), vb)
+}
+
+fn from_variables(
+    layer: &str,
+    size: usize,
+    config: LayerNormConfig,
+    vb: VarBuilder,
+) -> Result<LayerNorm> {
+    check_eps(&format!("{}: eps", name_at(layer, &vb.prefix())), config.eps)?;
     let variable = |name, alias, init| {
         let is_alias = !vb.contains_tensor(name) && vb.contains_tensor(alias);
         vb.get_with_hints(size, if is_alias { alias } else { name }, Init::Const(init))
@@ -166,7 +222,7 @@ pub fn layer_norm(
 /// A [`LayerNorm`] without a bias; see [`layer_norm`].
 ///
 /// # Errors
-/// `vb` holds a variable of another shape.
+/// Those of [`layer_norm`].
 pub fn layer_norm_no_bias(size: usize, eps: f64, vb: VarBuilder) -> Result<LayerNorm> {
     layer_norm(size, LayerNormConfig { eps, remove_mean: true, affine: false }, vb)
 }
@@ -175,8 +231,8 @@ pub fn layer_norm_no_bias(size: usize, eps: f64, vb: VarBuilder) -> Result<Layer
 /// ones if it does not exist.
 ///
 /// # Errors
-/// `vb` holds a variable of another shape.
+/// Those of [`layer_norm`].
 pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {
     let config = LayerNormConfig { eps, remove_mean: false, affine: false };
-    layer_norm(size, config, vb).map(RmsNorm)
+    from_variables("rms_norm", size, config, vb).map(RmsNorm)
 }

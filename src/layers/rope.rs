@@ -1,13 +1,16 @@
+use std::sync::{Arc, Mutex};
+
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use crate::ops::{RopeStyle, rope};
+use super::RopeScaling;
+use crate::functional::{RopeStyle, rope};
 
 /// What the angles of a [`Rope`] follow from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     /// Elements of a head (`D`); even.
     pub head_size: usize,
-    /// Positions that the tables hold.
+    /// Positions that there are; the tables hold those that have been asked for.
     pub max_positions: usize,
     /// Base of the frequencies: pair `j` turns by `theta^(-2j / head_size)` a position.
     pub theta: f64,
@@ -30,73 +33,17 @@ impl Default for RopeConfig {
     }
 }
 
-/// How the frequencies of rotary embeddings are stretched for long contexts.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    #[default]
-    None,
-    /// All by one factor: position interpolation (Chen et al. 2023, arXiv 2306.15595).
-    Linear {
-        /// Divides every frequency.
-        factor: f64,
-    },
-    /// Low frequencies by the factor, high ones not, those between in part: LLaMA 3.1
-    /// (Grattafiori et al. 2024, arXiv 2407.21783, and Meta's reference code).
-    Llama3 {
-        /// Divides the low frequencies.
-        factor: f64,
-        /// Frequencies are low below this number of turns in the original context.
-        low_freq_factor: f64,
-        /// Frequencies are high above this number of turns in the original context.
-        high_freq_factor: f64,
-        /// Positions of the original context.
-        original_max_positions: usize,
-    },
-}
-
-impl RopeScaling {
-    fn frequency(self, frequency: f64) -> f64 {
-        match self {
-            Self::None => frequency,
-            Self::Linear { factor } => frequency / factor,
-            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
-                let turns = original_max_positions as f64 * frequency / std::f64::consts::TAU;
-                let high = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                let high = high.clamp(0., 1.);
-                frequency * (high + (1. - high) / factor)
-            }
-        }
-    }
-
-    pub(crate) fn validate(self) -> Result<()> {
-        let factor = match self {
-            Self::None => return Ok(()),
-            Self::Linear { factor } | Self::Llama3 { factor, .. } => factor,
-        };
-        if !(factor.is_finite() && factor > 0.) {
-            bail!("rope: scaling.factor: expected a positive number, got {factor}")
-        }
-        if let Self::Llama3 { low_freq_factor: low, high_freq_factor: high, .. } = self
-            && !(low.is_finite() && high.is_finite() && 0. < low && low < high)
-        {
-            bail!(
-                "rope: scaling: expected 0 < low_freq_factor < high_freq_factor, got {low} and {high}; \
-                 LLaMA 3.1 has 1 and 4"
-            )
-        }
-        Ok(())
-    }
-}
-
 /// The tables of rotary position embeddings, for all layers of a model.
 ///
 /// ```text
 /// angle(position, j) = position * scaling(theta^(-2j / head_size))        j in 0..head_size/2
 /// ```
 ///
-/// Angles are computed in f64 and kept as f32 (f64 if asked for): a bf16 angle at position 1000
-/// would be off by whole radians. Two tables of `max_positions * head_size / 2` numbers.
+/// Angles are computed in f64 and their cosines and sines kept as f32 (f64 if asked for): a bf16 angle
+/// at position 1000 would be off by whole radians. Two tables of `head_size / 2` numbers a position, which
+/// grow with the positions that are asked for, at most twofold ahead of them; clones share them, and
+/// threads. On CUDA they grow on the stream of the thread that asks: threads that share a `Rope` there
+/// synchronise as if each call handed a tensor over.
 ///
 /// Su et al., "RoFormer", 2021, arXiv 2104.09864.
 ///
@@ -117,17 +64,79 @@ impl RopeScaling {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Rope {
-    cos: Tensor,
-    sin: Tensor,
+    angles: Arc<Angles>,
     style: RopeStyle,
 }
 
+/// What the tables are made from, and as much of them as there is.
+#[derive(Debug)]
+struct Angles {
+    frequencies: Vec<f64>,
+    /// Multiplies cosines and sines.
+    factor: f64,
+    max_positions: usize,
+    dtype: DType,
+    device: Device,
+    /// Cosines and sines, `[positions, head_size / 2]`.
+    tables: Mutex<Option<(Tensor, Tensor)>>,
+}
+
+/// Rows of the first tables.
+const FEWEST_POSITIONS: usize = 64;
+
+impl Angles {
+    /// Those of the positions from `start` to `end`, on the device.
+    fn rows(&self, start: usize, end: usize) -> Result<(Tensor, Tensor)> {
+        let (positions, pairs) = (end - start, self.frequencies.len());
+        let table = |of: fn(f64) -> f64| -> Result<Tensor> {
+            let mut table = Vec::new();
+            let elements = positions.checked_mul(pairs);
+            if elements.is_none_or(|elements| table.try_reserve_exact(elements).is_err()) {
+                bail!(
+                    "rope: positions: expected tables that fit into memory, got {positions} positions of \
+                     {pairs} pairs; ask for fewer at a time"
+                )
+            }
+            let angles = (start..end)
+                .flat_map(|position| self.frequencies.iter().map(move |f| position as f64 * f));
+            table.extend(angles.map(|angle| self.factor * of(angle)));
+            let table = Tensor::from_vec(table, (positions, pairs), &Device::Cpu)?;
+            table.to_dtype(self.dtype)?.to_device(&self.device)
+        };
+        Ok((table(f64::cos)?, table(f64::sin)?))
+    }
+
+    /// Tables that hold the positions from `start` to `end`, and the position that they begin at.
+    fn holding(&self, start: usize, end: usize) -> Result<(usize, (Tensor, Tensor))> {
+        let Ok(mut tables) = self.tables.lock() else {
+            bail!(
+                "rope: the tables are lost, since a thread panicked while they grew; make a new Rope"
+            )
+        };
+        let has = tables.as_ref().map_or(Ok(0), |(cos, _)| cos.dim(0))?;
+        if let Some(tables) = tables.as_ref().filter(|_| end <= has) {
+            return Ok((0, tables.clone()));
+        }
+        // Far behind what was asked for so far: not all that lies between.
+        if start > has.saturating_mul(2).max(FEWEST_POSITIONS) {
+            return Ok((start, self.rows(start, end)?));
+        }
+        let wanted = end.max(has.saturating_mul(2)).max(FEWEST_POSITIONS).min(self.max_positions);
+        let (mut cos, mut sin) = self.rows(has, wanted)?;
+        if let Some((old_cos, old_sin)) = tables.as_ref() {
+            (cos, sin) = (Tensor::cat(&[old_cos, &cos], 0)?, Tensor::cat(&[old_sin, &sin], 0)?);
+        }
+        *tables = Some((cos.clone(), sin.clone()));
+        Ok((0, (cos, sin)))
+    }
+}
+
 impl Rope {
-    /// Makes the tables on a device. `dtype` is that of the model: f64 tables for f64, f32 ones for
+    /// Tables that grow on a device. `dtype` is that of the model: f64 tables for f64, f32 ones for
     /// anything else.
     ///
     /// # Errors
-    /// `head_size` is 0 or odd, `max_positions` is 0, `theta` or a factor is not a positive number,
+    /// `head_size` is 0 or odd, `max_positions` is 0, `theta` or a number of the scaling is not positive,
     /// or `dtype` is f64 on a device other than the CPU.
     pub fn new(config: &RopeConfig, dtype: DType, device: &Device) -> Result<Self> {
         let &RopeConfig { head_size, max_positions, theta, scaling, style } = config;
@@ -147,26 +156,24 @@ impl Rope {
                 device.location()
             )
         }
-        let half = head_size / 2;
-        let frequency = |j: usize| scaling.frequency(theta.powf(-2. * j as f64 / head_size as f64));
-        let frequencies: Vec<f64> = (0..half).map(frequency).collect();
-        let table = |of: fn(f64) -> f64| -> Result<Tensor> {
-            let angles = (0..max_positions)
-                .flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
-            let table = angles.map(of).collect();
-            let table = Tensor::from_vec(table, (max_positions, half), &Device::Cpu)?;
-            let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-            table.to_dtype(dtype)?.to_device(device)
+        let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let angles = Angles {
+            frequencies: scaling.frequencies(theta, head_size)?,
+            factor: scaling.attention_factor(),
+            max_positions,
+            dtype,
+            device: device.clone(),
+            tables: Mutex::default(),
         };
-        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)?, style })
+        Ok(Self { angles: Arc::new(angles), style })
     }
 
     /// Rotates queries `[B, H, T, D]` and keys `[B, Hkv, T, D]` that stand at the positions
     /// `start_pos..start_pos + T`; `start_pos` is the length of the cache when generating.
     ///
     /// # Errors
-    /// There are more positions than the tables hold, `q` and `k` differ in `T`, or
-    /// [`rope`](crate::rope()) refuses one of them.
+    /// There are more positions than `max_positions`, or their tables do not fit into memory; `q` and `k`
+    /// differ in `T`, or [`rope`](crate::functional::rope()) refuses one of them.
     pub fn apply(&self, q: &Tensor, k: &Tensor, start_pos: usize) -> Result<(Tensor, Tensor)> {
         let positions = |x: &Tensor| x.rank().checked_sub(2).map(|d| x.dims()[d]);
         if positions(q) != positions(k) {
@@ -188,24 +195,24 @@ impl Rope {
         let &[.., t, _] = x.dims() else {
             bail!("rope: x: expected [.., T, D], got {:?}; unsqueeze it", x.dims())
         };
-        let max_positions = self.cos.dim(0)?;
-        if start_pos.checked_add(t).is_none_or(|end| end > max_positions) {
+        let (cos, sin) = self.tables(start_pos, t)?;
+        rope(x, &cos, &sin, self.style)
+    }
+
+    /// Cosines and sines, `[T, D/2]` each, of the positions `start_pos..start_pos + T`, for
+    /// [`rope`](crate::functional::rope()) at positions of your own.
+    ///
+    /// # Errors
+    /// There are fewer positions, or their tables do not fit into memory.
+    pub fn tables(&self, start_pos: usize, t: usize) -> Result<(Tensor, Tensor)> {
+        let max_positions = self.angles.max_positions;
+        let Some(end) = start_pos.checked_add(t).filter(|end| *end <= max_positions) else {
             bail!(
                 "rope: start_pos: expected start_pos + T <= max_positions = {max_positions}, got \
-                 {start_pos} + {t}; make the tables longer"
+                 {start_pos} + {t}; raise max_positions"
             )
-        }
-        let part = |table: &Tensor| table.narrow(0, start_pos, t);
-        rope(x, &part(&self.cos)?, &part(&self.sin)?, self.style)
-    }
-
-    /// Cosines `[max_positions, D/2]`, for [`rope`](crate::rope()) at positions of your own.
-    pub fn cos(&self) -> &Tensor {
-        &self.cos
-    }
-
-    /// Sines, likewise.
-    pub fn sin(&self) -> &Tensor {
-        &self.sin
+        };
+        let (first, (cos, sin)) = self.angles.holding(start_pos, end)?;
+        Ok((cos.narrow(0, start_pos - first, t)?, sin.narrow(0, start_pos - first, t)?))
     }
 }

@@ -4,10 +4,10 @@ use super::MaskKey;
 
 /// Hands out one [`MaskKey`] a call, from a seed and a counter.
 ///
-/// The sixteen bytes of [`state`](Self::state) ([`MaskState::to_bytes`]) are the whole state: saved with a checkpoint, they
-/// resume a run with the masks it would have drawn; restored before a recomputed block, they give it
-/// the masks of its first pass. A model owns its generator in an `Arc` and shares it among its layers,
-/// so that models trained side by side do not disturb one another.
+/// The sixteen bytes of [`state`](Self::state) ([`MaskState::to_bytes`]) are the whole state: saved
+/// with a checkpoint, they resume a run with the masks it would have drawn; restored before a
+/// recomputed block, they give it the masks of its first pass. A model owns its generator in an `Arc`
+/// and shares it among its layers, so that models trained side by side do not disturb one another.
 ///
 /// # Example
 /// ```

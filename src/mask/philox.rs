@@ -17,6 +17,16 @@ const KEY_STEP: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 /// Columns that [`fill_draws`] serves at a time.
 pub(crate) const COLS_PER_FILL: usize = 8 * COLS_PER_CALL;
 
+/// Columns that one Philox call serves where a column takes a whole word.
+pub(crate) const WIDE_COLS_PER_CALL: usize = 4;
+
+/// Columns that [`fill_wide_draws`] serves at a time.
+pub(crate) const WIDE_COLS_PER_FILL: usize = 8 * WIDE_COLS_PER_CALL;
+
+/// The last word of the counter: which draws these are.
+const NARROW: u64 = 0;
+const WIDE: u64 = 1;
+
 /// Philox4x32, with each word in the low half of a u64 whose high half is left dirty.
 ///
 /// In a loop over calls, a word lives in a 64-bit lane of a vector register, and a round is two
@@ -52,22 +62,51 @@ pub(crate) fn fill_draws(key: [u32; 2], row: u64, first_block: u32, draws: &mut 
     }
 }
 
-/// `CALLS` calls: first the words of all, a loop that vectorises as it stands, then their draws.
+/// `CALLS` calls: first the words of all, then their draws.
 #[inline(always)]
 fn fill_calls<const CALLS: usize>(key: [u32; 2], row: u64, first_block: u64, draws: &mut [u16]) {
-    let mut words = [[0u32; CALLS]; 4];
-    let [w0, w1, w2, w3] = &mut words;
-    for call in 0..CALLS {
-        let w = philox([first_block + call as u64, row >> 32, row, 0], key, ROUNDS);
-        (w0[call], w1[call], w2[call], w3[call]) =
-            (w[0] as u32, w[1] as u32, w[2] as u32, w[3] as u32);
-    }
+    let words = words_of_calls::<CALLS>(key, row, first_block, NARROW);
     for (call, draws) in draws.chunks_exact_mut(COLS_PER_CALL).enumerate() {
         for (word, draws) in words.iter().zip(draws.chunks_exact_mut(2)) {
             draws[0] = word[call] as u16;
             draws[1] = (word[call] >> 16) as u16;
         }
     }
+}
+
+/// The 32-bit draws of the 4-column blocks `first_block..` of one row, in column order.
+///
+/// `draws.len()` is a multiple of [`WIDE_COLS_PER_FILL`].
+#[inline(always)]
+pub(crate) fn fill_wide_draws(key: [u32; 2], row: u64, first_block: u32, draws: &mut [u32]) {
+    let mut block = u64::from(first_block);
+    for draws in draws.chunks_exact_mut(WIDE_COLS_PER_FILL) {
+        let words = words_of_calls::<8>(key, row, block, WIDE);
+        for (call, draws) in draws.chunks_exact_mut(WIDE_COLS_PER_CALL).enumerate() {
+            for (word, draw) in words.iter().zip(draws) {
+                *draw = word[call];
+            }
+        }
+        block += 8;
+    }
+}
+
+/// The four words of `CALLS` calls in a row: a loop that vectorises as it stands.
+#[inline(always)]
+fn words_of_calls<const CALLS: usize>(
+    key: [u32; 2],
+    row: u64,
+    first_block: u64,
+    kind: u64,
+) -> [[u32; CALLS]; 4] {
+    let mut words = [[0u32; CALLS]; 4];
+    let [w0, w1, w2, w3] = &mut words;
+    for call in 0..CALLS {
+        let w = philox([first_block + call as u64, row >> 32, row, kind], key, ROUNDS);
+        (w0[call], w1[call], w2[call], w3[call]) =
+            (w[0] as u32, w[1] as u32, w[2] as u32, w[3] as u32);
+    }
+    words
 }
 
 #[cfg(test)]
@@ -114,6 +153,24 @@ mod tests {
             let expected: Vec<u16> =
                 words.iter().flat_map(|&w| [w as u16, (w >> 16) as u16]).collect();
             assert_eq!(draws, expected, "block {i}");
+        }
+    }
+
+    crate::cpu::vectorized! {
+        fn wide_draws_in_widest_registers(key: [u32; 2], row: u64, first_block: u32, draws: &mut [u32]) {
+            fill_wide_draws(key, row, first_block, draws)
+        }
+    }
+
+    #[test]
+    fn wide_draws_are_the_words_of_their_calls() {
+        let (key, row, first_block) =
+            ([0x1234_5678, 0x9abc_def0], 0xffff_ffff_0000_0005, u32::MAX - 90);
+        let mut draws = [0; 11 * WIDE_COLS_PER_FILL];
+        wide_draws_in_widest_registers(key, row, first_block, &mut draws);
+        for (i, draws) in draws.chunks(WIDE_COLS_PER_CALL).enumerate() {
+            let counter = [first_block + i as u32, (row >> 32) as u32, row as u32, 1];
+            assert_eq!(draws, words(counter, key, ROUNDS), "block {i}");
         }
     }
 }

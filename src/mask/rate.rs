@@ -29,9 +29,12 @@ impl Rate {
 
     /// The rate that drops with probability `drop_p`, rounded to a multiple of 1/65536.
     ///
+    /// A probability in f64 is rounded to f32 first, so that 0.1 is the same rate in both.
+    ///
     /// # Errors
     /// `drop_p` is negative, above 1 or NaN.
-    pub fn new(drop_p: f32) -> Result<Self> {
+    pub fn new(drop_p: impl Into<f64>) -> Result<Self> {
+        let drop_p = drop_p.into() as f32;
         if !(0. ..=1.).contains(&drop_p) {
             bail!(
                 "drop_p: expected a probability of dropping in [0, 1], got {drop_p}; pass 0 to drop nothing"

@@ -2,8 +2,8 @@
 
 use candle_core::{Result, bail};
 
+use crate::functional::Activation;
 use crate::layers::RopeScaling;
-use crate::ops::Activation;
 
 /// Whose names, weight layout and parts a [`Transformer`](super::Transformer) has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,8 +62,18 @@ pub struct TransformerConfig {
     pub rope_theta: f64,
     /// Change of the rotary frequencies for long contexts; LLaMA only.
     pub rope_scaling: RopeScaling,
+    /// Tokens that a query sees, itself and those before it; `None`: all (Jiang et al. 2023, "Mistral
+    /// 7B", arXiv 2310.06825).
+    pub sliding_window: Option<usize>,
+    /// The first so many layers have no `sliding_window`.
+    pub max_window_layers: usize,
+    /// Whether queries and keys are normalised, head by head, before they are turned to their
+    /// positions; LLaMA only (Yang et al. 2025, "Qwen3", arXiv 2505.09388).
+    pub qk_norm: bool,
     /// Whether the projections around attention have biases.
     pub attention_bias: bool,
+    /// Whether the projection after attention has one; `None`: as those before it.
+    pub attention_out_bias: Option<bool>,
     /// Whether the projections of the MLP have biases.
     pub mlp_bias: bool,
     /// Whether the output head is the token embedding (Press & Wolf 2017, arXiv 1608.05859).
@@ -81,12 +91,12 @@ pub struct TransformerConfig {
     /// `l / L` of it.
     pub drop_path_rate: f32,
     /// Whether to run the fused ops (the default) or the same maths from candle's own ops around
-    /// [`dropout`](crate::dropout()). Both draw the same masks; the second form is there to compare
+    /// [`dropout`](crate::functional::dropout()). Both draw the same masks; the second form is there to compare
     /// with.
     pub fused: bool,
-    /// Whether attention is one fused op, [`attention()`](crate::attention()), whose memory grows
+    /// Whether attention is one fused op, [`attention()`](crate::functional::attention()), whose memory grows
     /// with the length of the sequence (the default), or materialises its scores around
-    /// [`softmax_dropout`](crate::softmax_dropout()). Both draw the same masks. On CUDA the fused
+    /// [`softmax_dropout`](crate::functional::softmax_dropout()). Both draw the same masks. On CUDA the fused
     /// op takes heads of at most 256 columns, and halves from compute capability 8.0 on. Without
     /// `fused`, no effect.
     pub flash_attention: bool,
@@ -110,7 +120,11 @@ impl TransformerConfig {
             norm_eps: 1e-5,
             rope_theta: 10_000.,
             rope_scaling: RopeScaling::None,
+            sliding_window: None,
+            max_window_layers: 0,
+            qk_norm: false,
             attention_bias: true,
+            attention_out_bias: None,
             mlp_bias: true,
             tie_word_embeddings: true,
             initializer_range: 0.02,
@@ -150,8 +164,14 @@ impl TransformerConfig {
 
     /// The same model with one drop probability at embedding, attention and residual, as `p` is
     /// usually swept.
-    pub fn with_dropout(self, drop_p: f32) -> Self {
+    pub fn with_dropout(self, drop_p: impl Into<f64>) -> Self {
+        let drop_p = drop_p.into() as f32;
         Self { embd_pdrop: drop_p, attn_pdrop: drop_p, resid_pdrop: drop_p, ..self }
+    }
+
+    /// The window of a layer, counted from 0.
+    pub(super) fn window(&self, layer: usize) -> Option<usize> {
+        self.sliding_window.filter(|_| layer >= self.max_window_layers)
     }
 
     /// Width inside the MLP.
@@ -169,13 +189,41 @@ impl TransformerConfig {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
     }
 
+    /// Checks that the elements of every weight can be counted.
+    fn check_elements(&self) -> Result<()> {
+        let (c, d, kv_heads) = (self.hidden_size, self.head_size(), self.kv_heads());
+        let heads = kv_heads.checked_mul(2).and_then(|kv| kv.checked_add(self.num_attention_heads));
+        let positions = match self.architecture {
+            Architecture::Gpt2 => self.max_position_embeddings,
+            Architecture::Llama => 0,
+        };
+        let joined = [
+            ("vocab_size", Some(self.vocab_size)),
+            ("max_position_embeddings", Some(positions)),
+            ("num_attention_heads or head_dim", heads.and_then(|heads| heads.checked_mul(d))),
+            ("intermediate_size", self.mlp_size().checked_mul(2)),
+        ];
+        for (name, size) in joined {
+            // In bytes they fit an isize, whatever the dtype.
+            let bytes =
+                size.and_then(|size| size.checked_mul(c)).and_then(|size| size.checked_mul(8));
+            if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+                bail!(
+                    "transformer: {name}: expected a weight of fewer than 2^60 elements, got more with \
+                     hidden_size = {c}: correct the configuration"
+                )
+            }
+        }
+        Ok(())
+    }
+
     /// Checks every field.
     ///
     /// # Errors
-    /// A size is 0; the heads do not divide the width, or the heads of keys and values the heads; a
-    /// rotary head has an odd width; `hidden_act` does not suit the architecture; a drop
-    /// probability lies outside 0 to 1; `norm_eps`, `rope_theta` or `initializer_range` is not a
-    /// positive number.
+    /// A size is 0, or so large that the elements of a weight cannot be counted; the heads do not
+    /// divide the width, or the heads of keys and values the heads; a rotary head has an odd width;
+    /// `hidden_act` or `qk_norm` does not suit the architecture; a drop probability lies outside 0 to
+    /// 1; `norm_eps`, `rope_theta` or `initializer_range` is not a positive number.
     pub fn validate(&self) -> Result<()> {
         let sizes = [
             ("vocab_size", self.vocab_size),
@@ -186,10 +234,11 @@ impl TransformerConfig {
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.kv_heads()),
             ("head_dim", self.head_dim.unwrap_or(1)),
+            ("sliding_window", self.sliding_window.unwrap_or(1)),
         ];
         for (name, size) in sizes {
             if size == 0 {
-                bail!("transformer: {name}: expected at least 1, got 0")
+                bail!("transformer: {name}: expected at least 1, got 0: correct the configuration")
             }
         }
         let (c, heads, kv_heads) = (self.hidden_size, self.num_attention_heads, self.kv_heads());
@@ -205,12 +254,17 @@ impl TransformerConfig {
                  {heads}, got {kv_heads}"
             )
         }
+        self.check_elements()?;
         let is_llama = self.architecture == Architecture::Llama;
         if is_llama && !self.head_size().is_multiple_of(2) {
             bail!(
-                "transformer: head_dim: expected an even number for rotary positions, got {}",
+                "transformer: head_dim: expected an even number for rotary positions, got {}: it is \
+                 hidden_size = {c} / num_attention_heads = {heads} unless it is set",
                 self.head_size()
             )
+        }
+        if self.qk_norm && !is_llama {
+            bail!("transformer: qk_norm: expected false for Gpt2, got true: LLaMA alone has them")
         }
         if is_llama != self.hidden_act.is_gated() {
             let (kind, example) = match self.architecture {
@@ -241,7 +295,9 @@ impl TransformerConfig {
             ("initializer_range", self.initializer_range),
         ] {
             if !(value.is_finite() && value > 0.0) {
-                bail!("transformer: {name}: expected a positive number, got {value}")
+                bail!(
+                    "transformer: {name}: expected a positive number, got {value}: correct the configuration"
+                )
             }
         }
         self.rope_scaling.validate()

@@ -5,6 +5,10 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::Transformer;
 use crate::mask::MaskGenerator;
 
+/// Tokens by which caches grow at most: their memory follows the text, not the longest one that is
+/// allowed.
+const LARGEST_STEP: usize = 4096;
+
 /// How [`Transformer::generate`] picks tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationConfig {
@@ -46,7 +50,7 @@ impl Transformer {
         let draws = MaskGenerator::new(config.seed);
         let (mut ids, mut start) = (prompt.to_vec(), 0);
         let longest = prompt.len().saturating_add(config.max_new_tokens);
-        let mut caches = self.kv_caches(longest.min(self.max_positions));
+        let mut caches = self.kv_caches(longest.min(self.max_positions).min(LARGEST_STEP));
         for _ in 0..config.max_new_tokens {
             let window = window_start(ids.len(), self.max_positions);
             if window != start {

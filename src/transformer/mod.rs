@@ -22,14 +22,14 @@ mod weights;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{D, DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use candle_nn::kv_cache::KvCache;
 
-use crate::layers::{DropPath, Dropout, Rope, RopeConfig};
+use crate::functional::{Activation, AttentionConfig, Norm, RopeStyle, attention, attention_qkv};
+use crate::layers::{DropPath, Dropout, Rope, RopeConfig, ScheduledRate};
 use crate::mask::{DropMask, MaskGenerator};
-use crate::ops::{Activation, AttentionConfig, Norm, RopeStyle, attention, attention_qkv};
-use crate::vars::checkpoint_var_builder;
+use crate::vars::from_checkpoint;
 use functions::{FUSED, Functions, Joint, MATERIALISED, Stream};
 use unfused::UNFUSED;
 use weights::{BlockWeights, Projection, Projections, Weights};
@@ -96,7 +96,10 @@ impl ResidualBranch {
 #[derive(Debug)]
 struct Attention {
     qkv: Projections<3>,
+    qk_norms: Option<[Norm; 2]>,
     rope: Option<Rope>,
+    /// Tokens that a query sees; `None`: all up to itself.
+    window: Option<usize>,
     drop: Dropout,
     out: ResidualBranch,
     heads: usize,
@@ -104,12 +107,13 @@ struct Attention {
     head_size: usize,
 }
 
-/// Each token sees itself and those before it.
-fn causal() -> AttentionConfig {
-    AttentionConfig { causal: true, ..Default::default() }
-}
-
 impl Attention {
+    /// Each token sees itself and those before it, as far as its window reaches.
+    fn config(&self) -> AttentionConfig {
+        let window = self.window.map(|window| (window - 1, 0));
+        AttentionConfig { causal: true, window, ..Default::default() }
+    }
+
     /// The stream after this branch, from that before it.
     fn forward(&self, (x, n): &Stream, cache: Option<&mut KvCache>, pass: Pass) -> Result<Stream> {
         let ((b, t, _), flash) = (n.dims3()?, pass.functions.flash);
@@ -117,7 +121,7 @@ impl Attention {
         {
             let qkv = qkv.forward(n, pass.functions)?; // [B, T, (H + 2 Hkv) D]
             let qkv = qkv.reshape((b, t, (), self.head_size))?; // [B, T, H + 2 Hkv, D]
-            let (config, drop) = (causal(), self.drop.next_mask(pass.train)?);
+            let (config, drop) = (self.config(), self.drop.next_mask(pass.train)?);
             let y = attention_qkv(&qkv, self.heads, &config, &drop)?; // [B, T, H, D]
             return self.out.forward(&y.reshape((b, t, ()))?, x, pass);
         }
@@ -125,17 +129,29 @@ impl Attention {
         let start = cache.as_ref().map_or(0, |cache| cache.current_seq_len());
         let (q, k) = (self.rotate(q, start, pass)?, self.rotate(k, start, pass)?);
         let (k, v) = match cache {
-            Some(cache) => cache.append(&k.contiguous()?, &v.contiguous()?)?, // [B, Hkv, S, D] each
+            Some(cache) => {
+                let (k, v) = cache.append(&k.contiguous()?, &v.contiguous()?)?; // [B, Hkv, S, D] each
+                (self.seen(k, t)?, self.seen(v, t)?)
+            }
             None => (k, v),
         };
         let drop = self.drop.next_mask(pass.train)?;
         // One query has no tiles, and its scores are no longer than its keys.
         let y = match flash && t > 1 {
-            true => attention(&q, &k, &v, &causal(), &drop)?, // [B, H, T, D]
+            true => attention(&q, &k, &v, &self.config(), &drop)?, // [B, H, T, D]
             false => self.attend([&q, &k.contiguous()?, &v.contiguous()?], &drop, pass)?, // [B, H, T, D]
         };
         let y = y.transpose(1, 2)?.reshape((b, t, ()))?; // [B, T, H D]
         self.out.forward(&y, x, pass)
+    }
+
+    /// Of cached keys or values `[B, Hkv, S, D]`, those that any of the last `t` queries sees.
+    fn seen(&self, x: Tensor, t: usize) -> Result<Tensor> {
+        let s = x.dim(2)?;
+        match self.window.map(|window| window.saturating_add(t - 1)) {
+            Some(seen) if seen < s => x.narrow(2, s - seen, seen),
+            _ => Ok(x),
+        }
     }
 
     /// `[B, H, T, D]`, and `[B, Hkv, T, D]` twice.
@@ -143,14 +159,21 @@ impl Attention {
         let (b, t, _) = n.dims3()?;
         let heads = |proj: &Projection| {
             let y = proj.forward(n, pass.functions)?; // [B, T, .. D]
-            y.reshape((b, t, (), self.head_size))?.transpose(1, 2) // [B, .., T, D]
-        };
-        let qkv = match &self.qkv {
-            Projections::Apart([q, k, v]) => return Ok([heads(q)?, heads(k)?, heads(v)?]),
-            Projections::Joined(qkv) => heads(qkv)?, // [B, H + 2 Hkv, T, D]
+            y.reshape((b, t, (), self.head_size)) // [B, T, .., D]
         };
         let (h, hkv) = (self.heads, self.kv_heads);
-        Ok([qkv.narrow(1, 0, h)?, qkv.narrow(1, h, hkv)?, qkv.narrow(1, h + hkv, hkv)?])
+        let [mut q, mut k, v] = match &self.qkv {
+            Projections::Apart([q, k, v]) => [heads(q)?, heads(k)?, heads(v)?],
+            Projections::Joined(qkv) => {
+                let qkv = heads(qkv)?; // [B, T, H + 2 Hkv, D]
+                [qkv.narrow(2, 0, h)?, qkv.narrow(2, h, hkv)?, qkv.narrow(2, h + hkv, hkv)?]
+            }
+        };
+        if let Some([q_norm, k_norm]) = &self.qk_norms {
+            q = (pass.functions.norm)(q_norm, &q)?; // [B, T, H, D]
+            k = (pass.functions.norm)(k_norm, &k)?; // [B, T, Hkv, D]
+        }
+        Ok([q.transpose(1, 2)?, k.transpose(1, 2)?, v.transpose(1, 2)?])
     }
 
     /// Queries or keys, turned to their positions from `start` on.
@@ -161,7 +184,7 @@ impl Attention {
         }
     }
 
-    /// `dropout(softmax(q k' / sqrt(D) + causal mask)) v`, `[B, H, T, D]`.
+    /// `dropout(softmax(q k' / sqrt(D) + mask)) v`, `[B, H, T, D]`.
     fn attend(&self, [q, k, v]: [&Tensor; 3], drop: &DropMask, pass: Pass) -> Result<Tensor> {
         let (b, h, t, d) = q.dims4()?;
         let (kv_heads, s) = (k.dim(1)?, k.dim(2)?);
@@ -170,7 +193,7 @@ impl Attention {
         let rows = h / kv_heads * t;
         let q = q.reshape((b, kv_heads, rows, d))?;
         let scores = q.matmul(&k.t()?)?.reshape((b, h, t, s))?; // [B, H, T, S]
-        let weights = (pass.functions.weights)(&scores, scale, drop)?; // [B, H, T, S]
+        let weights = (pass.functions.weights)(&scores, scale, self.window, drop)?; // [B, H, T, S]
         weights.reshape((b, kv_heads, rows, s))?.matmul(v)?.reshape((b, h, t, d))
     }
 }
@@ -192,23 +215,16 @@ impl Mlp {
 
     /// `[B, T, I]`.
     fn hidden(&self, n: &Tensor, functions: &Functions) -> Result<Tensor> {
-        let (b, t, c) = n.dims3()?;
-        let joined;
-        let up = match &self.up {
-            Projections::Joined(up) => up,
-            // Few tokens: what they give is copied side by side, not the weights.
-            Projections::Apart([gate, up]) if b * t < c => {
-                let (gate, up) = (gate.forward(n, functions)?, up.forward(n, functions)?);
-                let h = Tensor::cat(&[gate, up], D::Minus1)?; // [B, T, 2 I]
-                return (functions.activate)(&h, None, self.act);
+        match &self.up {
+            Projections::Joined(up) => {
+                let h = up.matmul(n, functions)?; // [B, T, I] or [B, T, 2 I]
+                (functions.activate)(&h, up.bias.as_ref(), self.act)
             }
-            Projections::Apart(parts) => {
-                joined = Projection::side_by_side(parts)?;
-                &joined
+            Projections::Apart([gate, up]) => {
+                let (gate, up) = (gate.forward(n, functions)?, up.forward(n, functions)?); // [B, T, I] each
+                (functions.gate)(&gate, &up, self.act)
             }
-        };
-        let h = up.matmul(n, functions)?; // [B, T, I] or [B, T, 2 I]
-        (functions.activate)(&h, up.bias.as_ref(), self.act)
+        }
     }
 }
 
@@ -232,12 +248,14 @@ impl Block {
         let branch = |proj, norm| -> Result<ResidualBranch> {
             let (n_layer, last_drop_p) = (config.num_hidden_layers, config.drop_path_rate);
             let drop_path = DropPath::linear(layer, n_layer, last_drop_p, generator.clone())?;
-            Ok(ResidualBranch { proj, drop: drop(config.resid_pdrop), drop_path, norm })
+            Ok(ResidualBranch { proj, drop: drop(config.resid_pdrop)?, drop_path, norm })
         };
         let attn = Attention {
             qkv: weights.qkv,
+            qk_norms: weights.qk_norms,
             rope,
-            drop: drop(config.attn_pdrop),
+            window: config.window(layer - 1),
+            drop: drop(config.attn_pdrop)?,
             out: branch(weights.attn_out, weights.norm_2)?,
             heads: config.num_attention_heads,
             kv_heads: config.kv_heads(),
@@ -252,6 +270,20 @@ impl Block {
         let stream = self.attn.forward(stream, cache, pass)?; // [B, T, C] each
         self.mlp.forward(&stream, pass) // [B, T, C] each
     }
+}
+
+/// The rates of a [`Transformer`] that follow schedules, under their names in its configuration; what is absent stays
+/// as it is there.
+#[derive(Clone, Debug, Default)]
+pub struct TransformerRates {
+    /// Of the embedding.
+    pub embd_pdrop: Option<ScheduledRate>,
+    /// Of the attention weights.
+    pub attn_pdrop: Option<ScheduledRate>,
+    /// Of the residual branches.
+    pub resid_pdrop: Option<ScheduledRate>,
+    /// Of stochastic depth in the last layer; the others have their share of it.
+    pub drop_path_rate: Option<ScheduledRate>,
 }
 
 /// A language model in the style of GPT-2 or of LLaMA.
@@ -298,8 +330,10 @@ impl Transformer {
     /// Builds the model from the variables of `vb`, creating those that do not exist.
     ///
     /// They have the names that Hugging Face gives them: GPT-2's with or without the prefix
-    /// `transformer.`, whichever `vb` holds; LLaMA's with `model.`. Projections that share an input
-    /// and track no gradient are joined for speed, and so copied.
+    /// `transformer.`, LLaMA's with or without `model.`, whichever `vb` holds; new ones are
+    /// GPT-2's without and LLaMA's with it. A tied head that `vb` holds beside the embedding is used,
+    /// and one that it holds alone is the embedding too. Projections that share an input and track no
+    /// gradient are joined for speed, and so copied.
     ///
     /// # Errors
     /// `config` is invalid (see [`TransformerConfig::validate`]), or `vb` lacks a variable or holds
@@ -310,6 +344,9 @@ impl Transformer {
         vb: VarBuilder,
     ) -> Result<Self> {
         config.validate()?;
+        let (dtype, device) = (vb.dtype(), vb.device().clone());
+        let Weights { tokens, positions, blocks, norm, head } = Weights::new(config, vb)?;
+        // After the weights: they have checked the sizes that the configuration claims.
         let rope = match config.architecture {
             Architecture::Gpt2 => None,
             Architecture::Llama => {
@@ -320,14 +357,13 @@ impl Transformer {
                     scaling: config.rope_scaling,
                     style: RopeStyle::HalfSplit,
                 };
-                Some(Rope::new(&rope, vb.dtype(), vb.device())?)
+                Some(Rope::new(&rope, dtype, &device)?)
             }
         };
-        let Weights { tokens, positions, blocks, norm, head } = Weights::new(config, vb)?;
         // Whatever writes to the stream owns the norm through which the next part sees it.
         let norms: Vec<Norm> =
             blocks.iter().map(|block| block.norm_1.clone()).chain([norm]).collect();
-        let drop = Dropout::with_generator(config.embd_pdrop, generator.clone());
+        let drop = Dropout::with_generator(config.embd_pdrop, generator.clone())?;
         let embedding = Embedding { tokens, positions, drop, norm: norms[0].clone() };
         let block = |(at, weights): (usize, BlockWeights)| {
             Block::new(config, at + 1, weights, norms[at + 1].clone(), rope.clone(), &generator)
@@ -345,17 +381,71 @@ impl Transformer {
         })
     }
 
+    /// The same model, with rates that follow schedules: a training loop sets the step of their clock.
+    ///
+    /// # Example
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use candle_core::{DType, Device, Result};
+    /// use candle_dropout::{
+    ///     MaskGenerator, RateClock, RateSchedule, Transformer, TransformerConfig, TransformerRates,
+    ///     seeded_var_builder,
+    /// };
+    /// # use candle_nn::VarMap;
+    /// # fn main() -> Result<()> {
+    /// # let config = TransformerConfig {
+    /// #     vocab_size: 16, max_position_embeddings: 8, hidden_size: 8, num_hidden_layers: 2,
+    /// #     num_attention_heads: 2, ..TransformerConfig::gpt2()
+    /// # };
+    /// # let (map, masks) = (VarMap::new(), Arc::new(MaskGenerator::new(42)));
+    /// # let vb = seeded_var_builder(&map, 42, DType::F32, &Device::Cpu);
+    /// let clock = RateClock::new();
+    /// let rates = TransformerRates {
+    ///     resid_pdrop: Some(clock.rate(RateSchedule::early(0.1, 1000)?)),
+    ///     ..Default::default()
+    /// };
+    /// let model = Transformer::new(&config, masks, vb)?.following(&rates)?;
+    /// # let _ = model;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// None but those of [`ScheduledRate::at_layer`], which layers that are there do not meet.
+    pub fn following(mut self, rates: &TransformerRates) -> Result<Self> {
+        let n_layer = self.blocks.len();
+        if let Some(rate) = &rates.embd_pdrop {
+            self.embedding.drop = self.embedding.drop.following(rate);
+        }
+        for (at, block) in self.blocks.iter_mut().enumerate() {
+            if let Some(rate) = &rates.attn_pdrop {
+                block.attn.drop = block.attn.drop.clone().following(rate);
+            }
+            for branch in [&mut block.attn.out, &mut block.mlp.down] {
+                if let Some(rate) = &rates.resid_pdrop {
+                    branch.drop = branch.drop.clone().following(rate);
+                }
+                if let Some(rate) = &rates.drop_path_rate {
+                    let rate = rate.at_layer(at + 1, n_layer)?;
+                    branch.drop_path = branch.drop_path.clone().following(&rate);
+                }
+            }
+        }
+        Ok(self)
+    }
+
     /// A published model, for use: its weights are constants. To train it on, see
     /// [`pretrained_var_builder`](crate::pretrained_var_builder).
     ///
     /// # Errors
     /// Those of [`TransformerConfig::from_pretrained`] and
     /// [`pretrained_var_builder`](crate::pretrained_var_builder), and of [`new`](Self::new): the file
-    /// lacks a weight, or holds one of another shape.
+    /// lacks a weight, holds one of another shape, or one that this model does not have (see
+    /// [`check_pretrained_vars`](crate::check_pretrained_vars)).
     pub fn from_pretrained(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
         let config = TransformerConfig::from_pretrained(&dir)?;
-        let vb = checkpoint_var_builder(dir, dtype, device)?;
-        Self::new(&config, Arc::new(MaskGenerator::new(0)), vb)
+        let masks = Arc::new(MaskGenerator::new(0));
+        from_checkpoint(dir, dtype, device, |vb| Self::new(&config, masks, vb))
     }
 
     /// Logits of the next token at every position.

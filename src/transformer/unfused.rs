@@ -3,13 +3,22 @@
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::{ops as nn_ops, rotary_emb::rope_slow};
 
-use super::functions::{Functions, Joint, Stream};
+use super::functions::{Functions, Joint, Stream, hidden_keys};
+use crate::functional::{Activation, Norm, StochasticDepth, drop_path, dropout};
 use crate::layers::Rope;
 use crate::mask::DropMask;
-use crate::ops::{Activation, Norm, dropout};
 
-pub(super) const UNFUSED: Functions =
-    Functions { linear, rotate, flash: false, weights, activate, embed, residual };
+pub(super) const UNFUSED: Functions = Functions {
+    linear,
+    rotate,
+    norm: normalise,
+    flash: false,
+    weights,
+    activate,
+    gate,
+    embed,
+    residual,
+};
 
 /// One matrix product over all tokens.
 fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -26,37 +35,49 @@ fn add_bias(y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
 }
 
 fn rotate(rope: &Rope, x: &Tensor, start: usize) -> Result<Tensor> {
-    let (dtype, t) = (x.dtype(), x.dim(2)?);
-    let angles = |table: &Tensor| table.narrow(0, start, t); // [T, D/2]
-    let x = x.to_dtype(rope.cos().dtype())?;
-    rope_slow(&x, &angles(rope.cos())?, &angles(rope.sin())?)?.to_dtype(dtype)
+    let (cos, sin) = rope.tables(start, x.dim(2)?)?; // [T, D/2]
+    rope_slow(&x.to_dtype(cos.dtype())?, &cos, &sin)?.to_dtype(x.dtype())
 }
 
-fn weights(scores: &Tensor, scale: f64, drop: &DropMask) -> Result<Tensor> {
-    let (t, s) = (scores.dim(2)?, scores.dim(3)?);
-    let is_future = |at: usize| at % s > at / s + s - t;
-    let future: Vec<f32> =
-        (0..t * s).map(|at| if is_future(at) { f32::NEG_INFINITY } else { 0.0 }).collect();
-    let future = Tensor::from_vec(future, (t, s), scores.device())?; // [T, S]
-    let future = future.to_dtype(scores.dtype())?;
-    let scores = (scores * scale)?.broadcast_add(&future)?; // [B, H, T, S]
+fn weights(scores: &Tensor, scale: f64, window: Option<usize>, drop: &DropMask) -> Result<Tensor> {
+    let hidden = hidden_keys(scores, window)?; // [T, S]
+    let scores = (scores * scale)?.broadcast_add(&hidden)?; // [B, H, T, S]
     dropout(&nn_ops::softmax(&scores, D::Minus1)?, drop) // [B, H, T, S]
 }
 
 fn activate(h: &Tensor, bias: Option<&Tensor>, act: Activation) -> Result<Tensor> {
     let h = add_bias(h, bias)?;
-    let gated = |gate: fn(&Tensor) -> Result<Tensor>| {
-        let half = h.dim(D::Minus1)? / 2;
-        gate(&h.narrow(D::Minus1, 0, half)?)? * h.narrow(D::Minus1, half, half)?
-    };
-    match act {
-        Activation::GeluTanh => gelu(&h),
-        Activation::GeluErf => h.gelu_erf(),
-        Activation::Silu => h.silu(),
-        Activation::Relu => h.relu(),
-        Activation::SwiGlu => gated(Tensor::silu),
-        Activation::GeGlu => gated(gelu),
+    if !act.is_gated() {
+        return function(&h, act);
     }
+    let half = h.dim(D::Minus1)? / 2;
+    gate(&h.narrow(D::Minus1, 0, half)?, &h.narrow(D::Minus1, half, half)?, act)
+}
+
+fn gate(gate: &Tensor, up: &Tensor, act: Activation) -> Result<Tensor> {
+    function(gate, act)? * up
+}
+
+/// The activation of `u`, or its gate.
+fn function(u: &Tensor, act: Activation) -> Result<Tensor> {
+    match act {
+        Activation::GeluTanh | Activation::GeGlu => gelu(u),
+        Activation::GeluErf | Activation::GeGluErf => u.gelu_erf(),
+        Activation::Silu | Activation::SwiGlu => u.silu(),
+        Activation::Relu | Activation::ReGlu => u.relu(),
+        Activation::QuickGelu | Activation::QuickGeGlu => quick_gelu(u),
+        Activation::Relu2 | Activation::Relu2Glu => relu2(u),
+        Activation::Tanh | Activation::TanhGlu => u.tanh(),
+        Activation::Sigmoid | Activation::Glu => nn_ops::sigmoid(u),
+    }
+}
+
+fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    x * nn_ops::sigmoid(&(x * 1.702)?)?
+}
+
+fn relu2(x: &Tensor) -> Result<Tensor> {
+    x.relu()?.sqr()
 }
 
 /// GELU's tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415), written `x sigmoid(2 u)` for the
@@ -75,32 +96,28 @@ fn gelu(x: &Tensor) -> Result<Tensor> {
 
 fn embed(e: &Tensor, norm: &Norm, drop: &DropMask) -> Result<Stream> {
     let x = dropout(e, drop)?; // [B, T, C]
-    let n = normalise(&x, norm)?; // [B, T, C]
+    let n = normalise(norm, &x)?; // [B, T, C]
     Ok((x, n))
 }
 
 fn residual(y: &Tensor, joint: &Joint) -> Result<Stream> {
-    let Joint { bias, drop, drop_path, residual, norm } = joint;
+    let Joint { bias, drop, drop_path: mask, residual, norm } = joint;
     let y = dropout(&add_bias(y, *bias)?, drop)?; // [B, T, C]
-    let z = if drop_path.is_none() {
+    let z = if mask.is_none() {
         (*residual + y)? // [B, T, C]
     } else {
         let b = y.dim(0)?;
-        let ones = Tensor::ones((1, b), y.dtype(), y.device())?;
-        let keep = dropout(&ones, drop_path)?; // [1, B]
-        (*residual + y.broadcast_mul(&keep.reshape((b, 1, 1))?)?)? // [B, T, C]
+        let ones = Tensor::ones((b, 1, 1), y.dtype(), y.device())?;
+        let keep = drop_path(&ones, StochasticDepth::Row, mask)?; // [B, 1, 1]
+        (*residual + y.broadcast_mul(&keep)?)? // [B, T, C]
     };
-    let n = normalise(&z, norm)?; // [B, T, C]
+    let n = normalise(norm, &z)?; // [B, T, C]
     Ok((z, n))
 }
 
-/// By candle's chains of ops: its layers end the graph.
-fn normalise(x: &Tensor, norm: &Norm) -> Result<Tensor> {
-    let (weight, eps) = (norm.weight(), norm.eps() as f32);
-    match norm.bias() {
-        Some(bias) => nn_ops::layer_norm_slow(x, weight, bias, eps),
-        None => nn_ops::rms_norm_slow(x, weight, eps),
-    }
+/// By a chain of ops: candle's layers end the graph.
+fn normalise(norm: &Norm, x: &Tensor) -> Result<Tensor> {
+    norm.composed(x)
 }
 
 #[cfg(test)]
@@ -108,6 +125,29 @@ mod tests {
     use candle_core::{Device, Var, bail};
 
     use super::*;
+
+    #[test]
+    fn rows_far_from_0_keep_their_digits() -> Result<()> {
+        let cols = 768;
+        let steps: Vec<f32> = (0..cols).map(|i| 1000. + (i * 31 % cols) as f32 * 1e-3).collect();
+        let rows = [steps, vec![1972.7168; cols], vec![1.59e5; cols], vec![-3e6; cols]].concat();
+        let x = Tensor::from_vec(rows, (4, cols), &Device::Cpu)?;
+        let with_gradient = |dtype| -> Result<Vec<f64>> {
+            let (x, one) = (Var::from_tensor(&x.to_dtype(dtype)?)?, |value: f64| {
+                Tensor::full(value, cols, &Device::Cpu)?.to_dtype(dtype)
+            });
+            let n = normalise(&Norm::layer_norm(one(1.)?, Some(one(0.)?), 1e-5), &x)?;
+            let grads = n.narrow(1, 0, 1)?.backward()?;
+            let Some(grad) = grads.get(&x) else { bail!("no gradient") };
+            let grad = (grad * 1e-3)?; // the constant rows have a gradient of 316
+            Tensor::cat(&[&n, &grad], 0)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+        };
+        let exact = with_gradient(DType::F64)?;
+        for (at, (ours, exact)) in with_gradient(DType::F32)?.iter().zip(exact).enumerate() {
+            assert!((ours - exact).abs() <= 2e-6, "element {at}: {ours}, not {exact}");
+        }
+        Ok(())
+    }
 
     #[test]
     fn gelu_and_its_gradient_are_candles() -> Result<()> {

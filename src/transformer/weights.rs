@@ -5,7 +5,7 @@ use candle_nn::{Init, VarBuilder};
 
 use super::functions::Functions;
 use super::{Architecture, TransformerConfig};
-use crate::ops::Norm;
+use crate::functional::Norm;
 
 /// All of them, made in the order in which they stand here.
 pub(super) struct Weights {
@@ -20,6 +20,8 @@ pub(super) struct Weights {
 /// Those of one block.
 pub(super) struct BlockWeights {
     pub(super) qkv: Projections<3>,
+    /// Of queries and of keys, each over a head.
+    pub(super) qk_norms: Option<[Norm; 2]>,
     /// Gate and values, or the one projection of an MLP without a gate.
     pub(super) up: Projections<2>,
     pub(super) attn_out: Projection,
@@ -35,24 +37,38 @@ impl Weights {
         let (v, c, max_positions) =
             (config.vocab_size, config.hidden_size, config.max_position_embeddings);
         let init = Init::Randn { mean: 0.0, stdev: config.initializer_range };
-        let (body, [tokens, blocks, last_norm]) = match config.architecture {
-            Architecture::Gpt2 => {
-                let is_whole = vb.contains_tensor("transformer.wte.weight");
-                let body = if is_whole { vb.pp("transformer") } else { vb.clone() };
-                (body, ["wte.weight", "h", "ln_f"])
-            }
-            Architecture::Llama => (vb.pp("model"), ["embed_tokens.weight", "layers", "norm"]),
+        let (prefix, [tokens, blocks, last_norm]) = match config.architecture {
+            Architecture::Gpt2 => ("transformer", ["wte.weight", "h", "ln_f"]),
+            Architecture::Llama => ("model", ["embed_tokens.weight", "layers", "norm"]),
         };
+        // Saved as the body of a model, the weights have no prefix, nor have new ones of GPT-2.
+        let holds = |vb: &VarBuilder| {
+            vb.contains_tensor(tokens) || vb.pp(last_norm).contains_tensor("weight")
+        };
+        let has_prefix = match config.architecture {
+            Architecture::Gpt2 => holds(&vb.pp(prefix)),
+            Architecture::Llama => holds(&vb.pp(prefix)) || !holds(&vb),
+        };
+        let body = if has_prefix { vb.pp(prefix) } else { vb.clone() };
         let positions = match config.architecture {
             Architecture::Gpt2 => {
                 Some(body.get_with_hints((max_positions, c), "wpe.weight", init)?)
             }
             Architecture::Llama => None,
         };
-        let tokens = body.get_with_hints((v, c), tokens, init)?;
-        let head = match config.tie_word_embeddings {
-            true => tokens.clone(),
-            false => vb.get_with_hints((v, c), "lm_head.weight", init)?,
+        // As Hugging Face ties them: a head of other values stays a head of its own, and one without an
+        // embedding beside it is the embedding.
+        let head = "lm_head.weight";
+        let is_apart = !config.tie_word_embeddings || vb.contains_tensor(head);
+        let head = is_apart.then(|| vb.get_with_hints((v, c), head, init)).transpose()?;
+        let (tokens, head) = match head {
+            Some(head) if config.tie_word_embeddings && !body.contains_tensor(tokens) => {
+                (head.clone(), head)
+            }
+            head => {
+                let tokens = body.get_with_hints((v, c), tokens, init)?;
+                (tokens.clone(), head.unwrap_or(tokens))
+            }
         };
         let block = |at: usize| BlockWeights::new(config, body.pp(blocks).pp(at));
         let blocks = (0..config.num_hidden_layers).map(block).collect::<Result<_>>()?;
@@ -92,12 +108,21 @@ impl BlockWeights {
                 ["self_attn.o_proj", "mlp.down_proj"],
             ),
         };
-        let out_stdev = stdev / ((2 * config.num_hidden_layers) as f64).sqrt();
-        let attn_out = projection(attn_out, (q, c), out_stdev, attn_bias)?;
+        let out_stdev = stdev / (2. * config.num_hidden_layers as f64).sqrt();
+        let attn_out_bias = config.attention_out_bias.unwrap_or(attn_bias);
+        let attn_out = projection(attn_out, (q, c), out_stdev, attn_out_bias)?;
         let mlp_out = projection(mlp_out, (i, c), out_stdev, config.mlp_bias)?;
         let norm = |name| norm(config, vb.pp(name));
         let (norm_1, norm_2) = (norm(norm_1)?, norm(norm_2)?);
-        Ok(Self { qkv, up, attn_out, mlp_out, norm_1, norm_2 })
+        let head_norm = |name: &str| -> Result<Norm> {
+            let weight = vb.pp(name).get_with_hints(d, "weight", Init::Const(1.0))?;
+            Ok(Norm::rms_norm(weight, config.norm_eps))
+        };
+        let qk_norms = match config.qk_norm {
+            true => Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
+            false => None,
+        };
+        Ok(Self { qkv, qk_norms, up, attn_out, mlp_out, norm_1, norm_2 })
     }
 }
 
@@ -143,7 +168,7 @@ impl Projection {
     }
 
     /// One projection that gives the outputs of all, in this order.
-    pub(super) fn side_by_side(parts: &[Self]) -> Result<Self> {
+    fn side_by_side(parts: &[Self]) -> Result<Self> {
         let weights: Vec<&Tensor> = parts.iter().map(|part| &part.weight).collect();
         let biases: Option<Vec<&Tensor>> = parts.iter().map(|part| part.bias.as_ref()).collect();
         let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;

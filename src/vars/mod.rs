@@ -9,12 +9,15 @@ use std::sync::MutexGuard;
 use candle_core::{Result, Var, bail};
 use candle_nn::VarMap;
 
-pub use pretrained::pretrained_var_builder;
-pub(crate) use pretrained::{checkpoint_var_builder, read_text};
+pub use pretrained::{check_pretrained_vars, pretrained_var_builder};
+pub(crate) use pretrained::{from_checkpoint, read_text};
 pub use seeded::seeded_var_builder;
 
 /// The variables by name, for `what` alone while the guard lives.
-fn lock<'a>(vars: &'a VarMap, what: &str) -> Result<MutexGuard<'a, HashMap<String, Var>>> {
+pub(crate) fn lock<'a>(
+    vars: &'a VarMap,
+    what: &str,
+) -> Result<MutexGuard<'a, HashMap<String, Var>>> {
     match vars.data().lock() {
         Ok(vars) => Ok(vars),
         Err(_) => {

@@ -59,8 +59,8 @@ pub trait Case: Debug + Sync {
         if self.is_loss() { vec![] } else { arguments[0].clone() }
     }
 
-    /// Its result is the mean over the rows of x, in f32 even for halves, and its constants have a row for
-    /// each.
+    /// Its result is the mean over the rows of x (their sum where nobody measures it), in f32 even for halves,
+    /// and its constants have a row for each.
     fn is_loss(&self) -> bool {
         false
     }
@@ -68,6 +68,14 @@ pub trait Case: Debug + Sync {
     /// The shape of its mask; nothing for an op that drops nothing.
     fn mask_dims(&self, size: &[usize]) -> Option<Vec<usize>> {
         Some(size.to_vec())
+    }
+
+    /// What its formula takes for `keep`: the mask, or numbers that are drawn in its place.
+    fn keep(&self, size: &[usize], drop: &DropMask) -> Result<Tensor> {
+        match self.mask_dims(size) {
+            Some(dims) => drop.to_tensor(dims, &Device::Cpu),
+            None => Tensor::ones((), DType::U8, &Device::Cpu),
+        }
     }
 
     /// The mask of the part of x that begins at `start` of a whole of this size.

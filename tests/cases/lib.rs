@@ -10,6 +10,7 @@
 
 mod case;
 mod chain;
+mod composed;
 pub mod device;
 #[cfg(test)]
 mod host;
@@ -19,27 +20,34 @@ mod view;
 
 pub use case::{Case, Exact, Op, Results};
 pub use chain::check_chain;
-pub use tensors::{DTYPES, bits, drop_scale, error, largest, mask, random};
+pub use composed::Composed;
+pub use tensors::{DTYPES, bits, drop_scale, epsilon, error, largest, mask, random};
 pub use view::View;
 
-/// `ops!(then)` is `then! { dropout, dropout_add, .. }`: the one list of ops, in the order of results.
+/// `ops!(then)` is `then! { dropout, zoneout, .. }`: the one list of ops, in the order of results.
 #[macro_export]
 macro_rules! ops {
     ($then:ident) => {
         $then! {
             dropout,
             dropout_add,
+            broadcast_dropout,
             column_sums,
             dropout_add_norm,
             activation_dropout,
             softmax_dropout,
             drop_path_add,
             drop_path_kept,
+            gaussian,
             norm,
             rope,
             cross_entropy,
             attention,
             linear,
+            concrete_dropout,
+            drop_connect_conv2d,
+            drop_block,
+            zoneout,
         }
     };
 }
@@ -58,4 +66,10 @@ ops!(declare);
 /// The cases of all ops.
 pub fn cases() -> impl Iterator<Item = &'static dyn Case> {
     OPS.iter().flat_map(|op| op.cases.iter().copied())
+}
+
+/// The kernels of what is no op.
+#[cfg(test)]
+mod adamw {
+    mod kernel;
 }

@@ -48,15 +48,7 @@ pub fn fused(case: &dyn Case, size: &[usize], args: &[Tensor], drop: &DropMask) 
 /// The naive formula with its constants made for it and its mask.
 pub fn naive(case: &dyn Case, size: &[usize], args: &[Tensor], drop: &DropMask) -> Result<Tensor> {
     let constants = case.constants(size, args[0].dtype(), args[0].device())?;
-    judged(case.formula(args, &constants, &keep(case, size, drop)?, drop_scale(drop))?)
-}
-
-/// The mask of a case on the CPU; a 1 where it has none.
-pub fn keep(case: &dyn Case, size: &[usize], drop: &DropMask) -> Result<Tensor> {
-    match case.mask_dims(size) {
-        Some(dims) => drop.to_tensor(dims, &Device::Cpu),
-        None => Tensor::ones((), DType::U8, &Device::Cpu),
-    }
+    judged(case.formula(args, &constants, &case.keep(size, drop)?, drop_scale(drop))?)
 }
 
 /// What the output of a case in this dtype is multiplied with for a gradient.

@@ -1,4 +1,4 @@
-"""Writes the golden data of tests/golden.rs: what Hugging Face's GPT-2 and LLaMA compute.
+"""Writes the golden data of tests/golden.rs: what Hugging Face's GPT-2, LLaMA and its kin compute.
 
     pip install torch transformers safetensors && python tests/golden/make.py
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig, LlamaForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).parent
 
@@ -22,7 +23,7 @@ def randomise(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.25)
-            if name.split(".")[-2] in ("ln_1", "ln_2", "ln_f", "norm") or "layernorm" in name:
+            if name.split(".")[-2] in ("ln_1", "ln_2", "ln_f", "norm", "q_norm", "k_norm") or "layernorm" in name:
                 parameter.add_(1.0 if name.endswith("weight") else 0.0)
 
 
@@ -59,7 +60,7 @@ def main():
     model = GPT2Model(GPT2Config(**gpt2 | dict(n_layer=1, n_inner=24, activation_function="gelu")))
     randomise(model)
     buffers = {"h.0.attn.bias": torch.ones(12, 12).tril()[None, None], "h.0.attn.masked_bias": torch.tensor(-1e4)}
-    tied = lambda model, ids: model(ids).last_hidden_state @ model.wte.weight.T
+    tied = lambda model, ids: model(ids).last_hidden_state @ model.get_input_embeddings().weight.T
     write("gpt2_bare", model, tied, buffers)
 
     # Heads that do not share the width among them, grouped queries, a head of its own.
@@ -84,6 +85,51 @@ def main():
     )
     randomise(model)
     write("llama3", model, causal)
+
+    # A window shorter than the text, an exact GELU as the gate, and the scaling that begins beyond the longest text.
+    small = dict(vocab_size=23, hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2)
+    model = MistralForCausalLM(
+        MistralConfig(
+            **small,
+            num_hidden_layers=2,
+            head_dim=6,
+            max_position_embeddings=16,
+            sliding_window=4,
+            hidden_act="gelu",
+            rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=2.0),
+        )
+    )
+    randomise(model)
+    write("mistral", model, causal)
+
+    # Biases on queries, keys and values alone, a window in the last layer alone; saved as a body, without a prefix.
+    model = Qwen2Model(
+        Qwen2Config(
+            **small,
+            num_hidden_layers=2,
+            max_position_embeddings=16,
+            use_sliding_window=True,
+            sliding_window=3,
+            max_window_layers=1,
+            tie_word_embeddings=True,
+        )
+    )
+    randomise(model)
+    write("qwen2_bare", model, tied)
+
+    # Norms of queries and keys, a head of its own, and YaRN with a frequency on either side of its ramp and two on it.
+    yarn = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, beta_fast=4.0, beta_slow=0.5)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            **small,
+            num_hidden_layers=1,
+            head_dim=8,
+            max_position_embeddings=160,
+            rope_parameters=yarn | dict(original_max_position_embeddings=40),
+        )
+    )
+    randomise(model)
+    write("qwen3", model, causal)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-//! The Transformer in both styles: gradients, fused against unfused, saving, generation, refused
+//! The Transformer in every style: gradients, fused against unfused, saving, generation, refused
 //! configurations.
 
 mod generation;
@@ -45,9 +45,22 @@ fn tiny_llama() -> TransformerConfig {
     .with_dropout(0.1)
 }
 
-/// Both styles, fused or not.
-fn styles(fused: bool) -> [TransformerConfig; 2] {
-    [tiny(), tiny_llama()].map(|config| TransformerConfig { fused, ..config })
+/// LLaMA's style with what its kin have: a window in the last layer, norms of queries and keys, biases
+/// before attention alone.
+fn tiny_qwen() -> TransformerConfig {
+    TransformerConfig {
+        sliding_window: Some(5),
+        max_window_layers: 1,
+        qk_norm: true,
+        attention_bias: true,
+        attention_out_bias: Some(false),
+        ..tiny_llama()
+    }
+}
+
+/// Every style, fused or not.
+fn styles(fused: bool) -> [TransformerConfig; 3] {
+    [tiny(), tiny_llama(), tiny_qwen()].map(|config| TransformerConfig { fused, ..config })
 }
 
 fn new_model(config: &TransformerConfig, seed: u64) -> Result<(Transformer, VarMap)> {

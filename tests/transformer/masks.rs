@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_dropout::functional::{Activation, AttentionMask, Norm};
 use candle_dropout::{
-    Activation, Architecture, AttentionMask, DropMask, MaskGenerator, MaskKey, Norm, Transformer,
-    TransformerConfig, seeded_var_builder,
+    Architecture, DropMask, MaskGenerator, MaskKey, Transformer, TransformerConfig,
+    seeded_var_builder,
 };
 use candle_nn::VarMap;
 

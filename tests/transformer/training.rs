@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_dropout::{
-    Activation, MaskGenerator, Transformer, TransformerConfig, seeded_var_builder,
-};
+use candle_dropout::{MaskGenerator, Transformer, TransformerConfig, seeded_var_builder};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss::cross_entropy};
+use cases::activation_dropout::{GATED, PLAIN};
 
 use super::{difference, ids, loss, new_model, styles, tiny, tiny_llama};
 
@@ -137,8 +136,7 @@ fn training_with_flash_attention_and_with_materialised_scores_agree() -> Result<
 
 #[test]
 fn every_activation_agrees_fused_and_unfused() -> Result<()> {
-    use Activation::*;
-    for hidden_act in [GeluTanh, GeluErf, Silu, Relu, SwiGlu, GeGlu] {
+    for hidden_act in PLAIN.into_iter().chain(GATED) {
         let style = if hidden_act.is_gated() { tiny_llama() } else { tiny() };
         let of = |fused| -> Result<(f64, Vec<(String, Tensor)>)> {
             let config = TransformerConfig { hidden_act, fused, ..style.clone() };

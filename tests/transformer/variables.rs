@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result};
+use candle_dropout::functional::Activation;
 use candle_dropout::{
-    Activation, MaskGenerator, RopeScaling, Transformer, TransformerConfig, seeded_var_builder,
+    MaskGenerator, RopeScaling, Transformer, TransformerConfig, seeded_var_builder,
 };
 use candle_nn::{VarBuilder, VarMap};
 
-use super::{ids, new_model, tiny, tiny_llama};
+use super::{ids, new_model, tiny, tiny_llama, tiny_qwen};
 
 #[test]
 fn saved_weights_load_into_an_equal_model() -> Result<()> {
@@ -76,6 +77,20 @@ fn parameter_names_and_layout_are_those_of_llama() -> Result<()> {
 }
 
 #[test]
+fn parameter_names_and_layout_are_those_of_qwen() -> Result<()> {
+    let (_, vars) = new_model(&tiny_qwen(), 1)?;
+    let vars = vars.data().lock().unwrap();
+    let dims = |name: &str| vars.get(name).unwrap_or_else(|| panic!("no {name}")).dims().to_vec();
+    assert_eq!(vars.len(), 3 + 2 * 14);
+    assert_eq!(dims("model.layers.0.self_attn.q_norm.weight"), [4]);
+    assert_eq!(dims("model.layers.1.self_attn.k_norm.weight"), [4]);
+    assert_eq!(dims("model.layers.1.self_attn.q_proj.bias"), [16]);
+    assert_eq!(dims("model.layers.1.self_attn.v_proj.bias"), [8]);
+    assert!(!vars.contains_key("model.layers.1.self_attn.o_proj.bias"));
+    Ok(())
+}
+
+#[test]
 fn bad_configurations_are_refused_before_any_variable_is_made() {
     let cases = [
         (
@@ -93,6 +108,30 @@ fn bad_configurations_are_refused_before_any_variable_is_made() {
         (
             TransformerConfig { hidden_act: Activation::SwiGlu, ..tiny() },
             "transformer: hidden_act: expected an activation without a gate for Gpt2, got SwiGlu",
+        ),
+        (
+            TransformerConfig { qk_norm: true, ..tiny() },
+            "transformer: qk_norm: expected false for Gpt2, got true",
+        ),
+        (
+            TransformerConfig { sliding_window: Some(0), ..tiny_llama() },
+            "transformer: sliding_window: expected at least 1, got 0",
+        ),
+        (
+            TransformerConfig { vocab_size: 1 << 60, ..tiny() },
+            "transformer: vocab_size: expected a weight of fewer than 2^60 elements",
+        ),
+        (
+            TransformerConfig { max_position_embeddings: usize::MAX, ..tiny() },
+            "transformer: max_position_embeddings: expected a weight of fewer than 2^60 elements",
+        ),
+        (
+            TransformerConfig { head_dim: Some(1 << 62), ..tiny_llama() },
+            "transformer: num_attention_heads or head_dim: expected a weight of fewer than 2^60 elements",
+        ),
+        (
+            TransformerConfig { intermediate_size: Some(1 << 63), ..tiny_llama() },
+            "transformer: intermediate_size: expected a weight of fewer than 2^60 elements",
         ),
         (
             TransformerConfig { rope_theta: 0., ..tiny_llama() },

@@ -1,16 +1,19 @@
-//! Every op on a device against its formula in f64 and against the CPU, by the runner of the tests.
+//! Every op on a device against its formula in f64 and against the CPU, by the runner of the tests; the optimiser,
+//! too.
 
 use std::fmt::Write;
 use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_dropout::{Architecture, dropout};
+use candle_dropout::Architecture;
+use candle_dropout::functional::dropout;
 use cases::runner::{SIZES, disagreements, results};
 use cases::{Case, DTYPES, View, attention, bits, cases, mask};
 use serde::Serialize;
 
 use crate::Common;
+use crate::adamw;
 use crate::results::{print_section, write_section};
 use crate::step::{Form, Step, check_agree, in_llama_style, size};
 
@@ -73,6 +76,7 @@ pub fn run(args: &Common, device: &Device) -> Result<bool> {
     }
     groups.push(attentions(device, args.small));
     groups.push(transformer(device, args.small));
+    groups.push(optimiser(device));
 
     let mut md = String::from("| fact | cases | failures |\n|---|---|---|\n");
     for Group { fact, cases, failures } in &groups {
@@ -274,6 +278,19 @@ fn transformer(device: &Device, small: bool) -> Group {
         if drop_p == 0. && style == Architecture::Gpt2 {
             compare("against candle's ops alone", Form::Fused, Form::Candle, device);
         }
+    }
+    group
+}
+
+/// AdamW in every dtype, with and without clipping, loss scale and master weights, over a saved state.
+fn optimiser(device: &Device) -> Group {
+    let mut group = Group::new(if device.is_cuda() {
+        "AdamW's weights, moments, norm and loss scale equal the CPU's bit for bit"
+    } else {
+        "AdamW's weights, norm and loss scale equal those by candle's in f32 bit for bit"
+    });
+    for trial in adamw::trials() {
+        group.check(|| trial.disagreements(device));
     }
     group
 }

@@ -3,10 +3,10 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::{
-    Activation, DropMask, MaskKey, StochasticDepth, activation_dropout, drop_path_add,
-    drop_path_kept,
+use candle_dropout::functional::{
+    Activation, StochasticDepth, activation_dropout, drop_path_add, drop_path_kept,
 };
+use candle_dropout::{DropMask, MaskKey};
 
 use cases::random;
 

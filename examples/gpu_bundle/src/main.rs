@@ -11,6 +11,7 @@
 //! Results go to `--out` as `<device>-<date>.json`, `.md` and `.svg`; every subcommand adds its section
 //! to the same files. Exit codes: 0 all right, 1 something is wrong, 2 bad arguments, 3 no CUDA device.
 
+mod adamw;
 mod bench;
 mod candle_gpt;
 mod correctness;
@@ -48,7 +49,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Every op, forward and each gradient, against its formula in f64 and against the CPU.
+    /// Every op, forward and each gradient, against its formula in f64 and against the CPU; AdamW against the CPU.
     Correctness(Common),
     /// Time and bandwidth of every op against a plain copy and candle's own chain of ops.
     Bench(bench::Args),
@@ -93,6 +94,10 @@ impl Command {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
+    // Before a device is opened: a driver starts threads.
+    if let Command::Train(_) = command {
+        pretrain_vs_finetune::one_thread_a_run();
+    }
     let device = match command.device() {
         "cuda" => match device::open() {
             Ok(device) => device,

@@ -193,13 +193,17 @@ mod tests {
             sources.0.retain(|package| package.name != name);
             Ok(sources)
         };
+        // Any program that knows no such options, on any system: this one.
+        let no_cargo = std::env::current_exe().unwrap();
+        let file = Path::new("no/such/folder").join("CHANGELOG.md");
+        let cannot_read = format!("cannot read {}", file.display());
         for (sources, cause) in [
             (Sources::locate("no-such-cargo".as_ref(), here), "cannot run `no-such-cargo"),
-            (Sources::locate("false".as_ref(), here), "`false --version --verbose` failed"),
+            (Sources::locate(no_cargo.as_ref(), here), "--version --verbose` failed"),
             (Sources::locate(&cargo, Path::new("no/such/folder")), "no/such/folder no longer"),
             (Sources::locate(&cargo, &std::env::temp_dir()), "failed: "),
             (moved("candle-nn"), "cannot list no/such/folder"),
-            (moved("proptest"), "cannot read no/such/folder/CHANGELOG.md"),
+            (moved("proptest"), &cannot_read),
             (without("half"), "half is not among the dependencies"),
         ] {
             let error = format!("{:#}", built_in_from(sources).map(drop).unwrap_err());

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::super::stats::{PairedDifference, bootstrap_documents, holm, mean, standard_error};
-use super::super::train::{Evaluation, Outcome, RunResult};
+use super::super::train::{Evaluation, Outcome, Phase, RunResult};
 
 const BOOTSTRAP_DRAWS: usize = 10_000;
 
@@ -20,6 +20,8 @@ pub struct Row {
     pub difference: Option<PairedDifference>,
     /// 95 % interval of the same when documents are redrawn.
     pub documents: Option<(f64, f64)>,
+    /// Of fine-tuning: judged loss less that of the same seed before fine-tuning.
+    pub to_base: Option<PairedDifference>,
     pub step: f64,
     pub tokens_per_second: f64,
 }
@@ -37,6 +39,33 @@ impl Spread {
     }
 }
 
+/// The models that fine-tuning starts from, one a seed.
+#[derive(Debug, Serialize)]
+pub struct Base {
+    /// On the text of fine-tuning.
+    pub train: Spread,
+    pub dev: Spread,
+    pub test: Spread,
+}
+
+impl Base {
+    pub fn new(finetuned: &[RunResult]) -> Self {
+        let starts: Vec<&Outcome> = finetuned
+            .iter()
+            .filter(|result| result.run.drop_p == 0.0)
+            .map(|result| &result.start)
+            .collect();
+        let spread = |loss: fn(&Outcome) -> f64| {
+            Spread::new(starts.iter().map(|start| loss(start)).collect())
+        };
+        Self {
+            train: spread(|start| start.train_loss),
+            dev: spread(|start| start.dev.loss()),
+            test: spread(|start| start.test.loss()),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
@@ -51,13 +80,13 @@ pub enum Verdict {
 pub struct Arm {
     pub name: &'static str,
     pub judged_on: &'static str,
-    pub hypothesis: &'static str,
+    pub hypothesis: String,
     pub verdict: Verdict,
+    /// Over the training text, up to the step that `p = 0` is judged at.
+    pub epochs: f64,
     /// Every rate that dev cannot tell from the one with the lowest mean dev loss.
     pub best_p: Vec<f32>,
     pub lowest_dev_p: f32,
-    /// Mean dev loss of the models that the runs start from.
-    pub dev_at_start: f64,
     pub seeds: usize,
     pub documents: usize,
     pub rows: Vec<Row>,
@@ -78,21 +107,27 @@ impl Judge {
     }
 }
 
+/// How an arm is judged.
+#[derive(Clone)]
+pub struct Plan<'a> {
+    pub name: &'static str,
+    pub judge: Judge,
+    pub hypothesis: String,
+    pub runs: &'a [RunResult],
+    pub outcome: fn(&RunResult) -> &Outcome,
+    pub verdict: fn(&[Row]) -> Verdict,
+    pub epochs_a_step: f64,
+}
+
 impl Arm {
-    pub fn new(
-        name: &'static str,
-        judge: Judge,
-        hypothesis: &'static str,
-        runs: &[RunResult],
-        outcome: impl Fn(&RunResult) -> Outcome,
-        verdict: impl Fn(&[Row]) -> Verdict,
-    ) -> Self {
+    pub fn new(plan: Plan) -> Self {
+        let Plan { name, judge, hypothesis, runs, outcome, verdict, epochs_a_step } = plan;
         let mut rates: Vec<f32> = runs.iter().map(|run| run.run.drop_p).collect();
         rates.sort_by(f32::total_cmp);
         rates.dedup();
         // Runs come in the order of their seeds, so equal positions are pairs.
         let of_rate = |p: f32| -> Vec<Outcome> {
-            runs.iter().filter(|run| run.run.drop_p == p).map(&outcome).collect()
+            runs.iter().filter(|run| run.run.drop_p == p).map(outcome).cloned().collect()
         };
         let collect = |outcomes: &[Outcome], f: &dyn Fn(&Outcome) -> f64| {
             outcomes.iter().map(f).collect::<Vec<f64>>()
@@ -115,6 +150,11 @@ impl Arm {
 
         let row = |p: f32| {
             let outcomes = of_rate(p);
+            let finetuned: Vec<f64> = runs
+                .iter()
+                .filter(|run| run.run.drop_p == p && run.run.phase == Phase::Finetune)
+                .map(|run| judged(outcome(run)) - judged(&run.start))
+                .collect();
             let documents = |outcomes: &[Outcome]| -> Vec<(f64, usize)> {
                 let first = &judge.evaluation(&outcomes[0]).documents;
                 let sum = |d: usize| {
@@ -148,13 +188,12 @@ impl Arm {
                         )
                     })
                     .flatten(),
+                to_base: (!finetuned.is_empty()).then(|| PairedDifference::new(&finetuned)),
                 step: mean(&collect(&outcomes, &|o| o.step as f64)),
                 tokens_per_second: mean(&speeds),
             }
         };
         let rows: Vec<Row> = rates.iter().copied().map(row).collect();
-        let starts: Vec<f64> =
-            runs.iter().filter_map(|run| Some(run.curve.first()?.dev_loss)).collect();
         let (lowest_dev_p, best_p) = best_set(&rows);
         Self {
             name,
@@ -166,7 +205,7 @@ impl Arm {
             verdict: verdict(&rows),
             best_p,
             lowest_dev_p,
-            dev_at_start: mean(&starts),
+            epochs: epochs_a_step * mean(&collect(&base, &|o| o.step as f64)),
             seeds: base.len(),
             documents: base.first().map_or(0, |o| judge.evaluation(o).documents.len()),
             rows,

@@ -12,8 +12,8 @@ pub struct TextReport {
     fnv1a_64: String,
     pretrain_bytes: [usize; 3],
     finetune_bytes: [usize; 3],
-    pretrain_epochs: f64,
-    finetune_epochs: f64,
+    pub pretrain_epochs_a_step: f64,
+    pub finetune_epochs_a_step: f64,
     held_out: Vec<HeldOut>,
 }
 
@@ -30,14 +30,14 @@ struct HeldOut {
 
 impl TextReport {
     pub fn new(hash: u64, pretrain: &Splits, finetune: &Splits, settings: &Settings) -> Self {
-        let epochs = |recipe: &Recipe, bytes: usize| {
-            (recipe.steps * recipe.batch * settings.context) as f64 / bytes as f64
-        };
         let (pretrain_bytes, finetune_bytes) = (pretrain.bytes(), finetune.bytes());
+        let epochs_a_step = |recipe: &Recipe, bytes: [usize; 3]| {
+            (recipe.batch * settings.context) as f64 / bytes[0] as f64
+        };
         Self {
             fnv1a_64: format!("{hash:016x}"),
-            pretrain_epochs: epochs(&settings.pretrain, pretrain_bytes[0]),
-            finetune_epochs: epochs(&settings.finetune, finetune_bytes[0]),
+            pretrain_epochs_a_step: epochs_a_step(&settings.pretrain, pretrain_bytes),
+            finetune_epochs_a_step: epochs_a_step(&settings.finetune, finetune_bytes),
             pretrain_bytes,
             finetune_bytes,
             held_out: Vec::new(),
@@ -52,11 +52,10 @@ impl TextReport {
 
     pub fn print(&self) {
         println!("text: FNV-1a {} over names and bytes", self.fnv1a_64);
-        for (name, [train, dev, test], epochs) in [
-            ("pretraining", self.pretrain_bytes, self.pretrain_epochs),
-            ("fine-tuning", self.finetune_bytes, self.finetune_epochs),
-        ] {
-            println!("  {name}: train {train} bytes ({epochs:.2} epochs), dev {dev}, test {test}");
+        for (name, [train, dev, test]) in
+            [("pretraining", self.pretrain_bytes), ("fine-tuning", self.finetune_bytes)]
+        {
+            println!("  {name}: train {train} bytes, dev {dev}, test {test}");
         }
         for HeldOut { phase, split, windows, removed, used } in &self.held_out {
             let phase = format!("{phase:?}").to_lowercase();

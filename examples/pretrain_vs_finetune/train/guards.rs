@@ -1,8 +1,9 @@
 //! The guards that stop the job when its promises do not hold.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_dropout::{DropMask, MaskGenerator, dropout};
+use candle_dropout::functional::dropout;
+use candle_dropout::{DropMask, MaskGenerator};
 
 use super::model::{Model, adamw, batch};
 use super::order::window_order;
@@ -21,11 +22,10 @@ pub fn check_guards(task: &Task, shared: &Shared, rates: &[f32]) -> Result<()> {
         {
             let (inputs, targets) =
                 batch(&task.train, chunk, shared.model.max_position_embeddings, &shared.device)?;
-            losses.push(
-                model
-                    .step(&mut adamw, &inputs, &targets, task.recipe.clip, with_dropout)?
-                    .to_bits(),
-            );
+            if losses.is_empty() {
+                model.check_gradients(&inputs, &targets).context("guard")?;
+            }
+            losses.push(model.step(&mut adamw, &inputs, &targets, with_dropout)?.to_bits());
         }
         let bits = |tensor: &Tensor| -> Result<Vec<u32>> {
             Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())

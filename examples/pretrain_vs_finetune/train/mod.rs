@@ -6,12 +6,14 @@ mod order;
 mod recipe;
 mod side_by_side;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::Device;
 use candle_dropout::TransformerConfig;
-use candle_nn::Optimizer;
+use candle_dropout::training::Optimizer;
 use serde::Serialize;
 
 use super::corpus::{Document, Window, spread, windows};
@@ -22,13 +24,15 @@ use order::window_order;
 pub use recipe::{Phase, Recipe, Sites};
 pub use side_by_side::side_by_side;
 
-/// What a phase trains and is judged on, the same for every run.
-#[derive(Debug)]
+/// What an arm trains and is judged on, the same for every run. Arms share text, so a copy is cheap.
+#[derive(Debug, Clone)]
 pub struct Task {
-    pub train: Vec<Document>,
-    pub dev: (Vec<Document>, Vec<Window>),
-    pub test: (Vec<Document>, Vec<Window>),
+    pub train: Arc<Vec<Document>>,
+    pub dev: Arc<(Vec<Document>, Vec<Window>)>,
+    pub test: Arc<(Vec<Document>, Vec<Window>)>,
     pub recipe: Recipe,
+    /// The step at which an arm of a fixed number of steps takes the model; `recipe.steps` at most.
+    pub fixed_step: usize,
 }
 
 /// What every run of the job shares.
@@ -82,13 +86,16 @@ pub struct CurvePoint {
 #[derive(Debug, Clone, Serialize)]
 pub struct RunResult {
     pub run: Run,
-    /// After all steps.
-    pub last: Outcome,
+    /// Before the first step.
+    pub start: Outcome,
+    /// After the number of steps that the arm fixes.
+    pub fixed: Outcome,
     /// At the best dev loss that patience allowed to see; step 0 is a candidate.
     pub early: Outcome,
     pub curve: Vec<CurvePoint>,
     pub tokens_per_second: f64,
     pub seconds: f64,
+    /// Those of `fixed`.
     #[serde(skip)]
     pub weights: Weights,
 }
@@ -101,72 +108,110 @@ pub fn train(
     start: Option<&Weights>,
     on_step: impl Fn(),
 ) -> Result<RunResult> {
-    let (recipe, context, begin) =
-        (&task.recipe, shared.model.max_position_embeddings, Instant::now());
+    let (context, begin) = (shared.model.max_position_embeddings, Instant::now());
     let model = Model::new(shared, &run, start)?;
-    let mut adamw = adamw(&model, recipe)?;
-    let order = window_order(&run, task, context)?;
-    let dev = || model.evaluate(shared, &task.dev.0, &task.dev.1);
+    let mut fit = fit(&model, &run, task, shared, on_step)?;
+    let seen = match run.phase {
+        Phase::Pretrain => spread(&fit.order, shared.train_windows),
+        Phase::Finetune => windows(&task.train, context),
+    };
+    let mut outcomes = BTreeMap::new();
+    for (&step, weights) in &fit.kept {
+        model.restore(weights)?;
+        let outcome = Outcome {
+            step,
+            train_loss: model.evaluate(shared, &task.train, &seen)?.loss(),
+            dev: model.evaluate(shared, &task.dev.0, &task.dev.1)?,
+            test: model.evaluate(shared, &task.test.0, &task.test.1)?,
+        };
+        outcomes.insert(step, outcome);
+    }
+    let outcome = |step| outcomes.get(&step).cloned().context("a step that was not kept");
+    let tokens = (fit.steps * task.recipe.batch * context) as f64;
+    Ok(RunResult {
+        run,
+        start: outcome(0)?,
+        fixed: outcome(task.fixed_step)?,
+        early: outcome(fit.best_step)?,
+        weights: fit.kept.remove(&task.fixed_step).context("the weights of the fixed step")?,
+        curve: fit.curve,
+        tokens_per_second: tokens / fit.training_seconds,
+        seconds: begin.elapsed().as_secs_f64(),
+    })
+}
 
-    let mut best = (0, dev()?.loss(), model.weights()?);
+/// The learning curve alone: nothing is read but training text and dev.
+pub fn learning_curve(
+    run: Run,
+    task: &Task,
+    shared: &Shared,
+    start: Option<&Weights>,
+    on_step: impl Fn(),
+) -> Result<Vec<CurvePoint>> {
+    Ok(fit(&Model::new(shared, &run, start)?, &run, task, shared, on_step)?.curve)
+}
+
+struct Fit {
+    order: Vec<Window>,
+    curve: Vec<CurvePoint>,
+    best_step: usize,
+    /// Those that were done.
+    steps: usize,
+    /// The weights of the start, of the fixed step and of the best.
+    kept: BTreeMap<usize, Weights>,
+    training_seconds: f64,
+}
+
+fn fit(model: &Model, run: &Run, task: &Task, shared: &Shared, on_step: impl Fn()) -> Result<Fit> {
+    let (recipe, context) = (&task.recipe, shared.model.max_position_embeddings);
+    let (mut adamw, schedule) = (adamw(model, recipe)?, recipe.schedule()?);
+    let order = window_order(run, task, context)?;
+    let dev_loss =
+        || Ok::<_, anyhow::Error>(model.evaluate(shared, &task.dev.0, &task.dev.1)?.loss());
+
+    let mut kept = BTreeMap::from([(0, model.weights()?)]);
+    let mut best = (0, dev_loss()?);
     let mut curve = vec![CurvePoint { step: 0, batch_loss: None, dev_loss: best.1 }];
     let (mut waited, mut sum, mut training_seconds) = (0, 0.0, 0.0);
+    let mut steps = 0;
     for (i, chunk) in order.chunks(recipe.batch).enumerate() {
         let step_begin = Instant::now();
-        adamw.set_learning_rate(recipe.lr_at(i));
+        adamw.set_learning_rate(schedule.at(i));
         let (inputs, targets) = batch(&task.train, chunk, context, &shared.device)?;
-        sum += model.step(&mut adamw, &inputs, &targets, recipe.clip, true)?;
+        sum += model.step(&mut adamw, &inputs, &targets, true)?;
         training_seconds += step_begin.elapsed().as_secs_f64();
         on_step();
         let step = i + 1;
-        if step % recipe.eval_every == 0 || step == recipe.steps {
+        let is_fixed = step == task.fixed_step;
+        if is_fixed {
+            kept.insert(step, model.weights()?);
+        }
+        if step % recipe.eval_every == 0 || is_fixed || step == recipe.steps {
             let since = curve.last().map_or(step, |point| step - point.step);
             let point =
-                CurvePoint { step, batch_loss: Some(sum / since as f64), dev_loss: dev()?.loss() };
+                CurvePoint { step, batch_loss: Some(sum / since as f64), dev_loss: dev_loss()? };
             sum = 0.0;
             if waited < recipe.patience {
                 if point.dev_loss < best.1 {
-                    (best, waited) = ((step, point.dev_loss, model.weights()?), 0);
+                    if ![0, task.fixed_step].contains(&best.0) {
+                        kept.remove(&best.0);
+                    }
+                    kept.insert(step, model.weights()?);
+                    (best, waited) = ((step, point.dev_loss), 0);
                 } else {
                     waited += 1;
                 }
             }
             curve.push(point);
         }
+        steps = step;
+        if step >= task.fixed_step && waited >= recipe.patience {
+            break;
+        }
     }
-
-    let weights = model.weights()?;
-    let seen = match run.phase {
-        Phase::Pretrain => spread(&order, shared.train_windows),
-        Phase::Finetune => windows(&task.train, context),
-    };
-    let outcome = |step| -> Result<Outcome> {
-        let train_loss = model.evaluate(shared, &task.train, &seen)?.loss();
-        Ok(Outcome {
-            step,
-            train_loss,
-            dev: dev()?,
-            test: model.evaluate(shared, &task.test.0, &task.test.1)?,
-        })
-    };
-    let last = outcome(recipe.steps)?;
-    let early = if best.0 == recipe.steps {
-        last.clone()
-    } else {
-        model.restore(&best.2)?;
-        outcome(best.0)?
-    };
-    let tokens = (order.len() * context) as f64;
-    let seconds = begin.elapsed().as_secs_f64();
-    Ok(RunResult {
-        run,
-        last,
-        early,
-        curve,
-        tokens_per_second: tokens / training_seconds,
-        seconds,
-        weights,
-    })
+    // Who counts steps expects all of them.
+    (steps..recipe.steps).for_each(|_| on_step());
+    Ok(Fit { order, curve, best_step: best.0, steps, kept, training_seconds })
 }
 
 #[cfg(test)]
@@ -194,12 +239,14 @@ mod tests {
                 text: (0..200).map(|i| b'a' + (i * (d + 1) % 7) as u8).collect(),
             })
             .collect();
-        let held_out = |d: usize| (documents[d..=d].to_vec(), windows(&documents[d..=d], 8));
+        let held_out =
+            |d: usize| Arc::new((documents[d..=d].to_vec(), windows(&documents[d..=d], 8)));
         Task {
-            train: documents[..2].to_vec(),
+            train: Arc::new(documents[..2].to_vec()),
             dev: held_out(2),
             test: held_out(3),
             recipe: recipe(),
+            fixed_step: recipe().steps,
         }
     }
 
@@ -215,21 +262,73 @@ mod tests {
         Shared { model, sites: Sites::All, device: Device::Cpu, eval_batch: 4, train_windows: 8 }
     }
 
+    fn base(task: &Task) -> RunResult {
+        let run = Run { phase: Phase::Pretrain, drop_p: 0.0, seed: 1 };
+        train(run, task, &shared(), None, || ()).unwrap()
+    }
+
+    fn bits(weights: &Weights) -> Vec<Vec<u32>> {
+        let bits = |tensor: &candle_core::Tensor| {
+            let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values.into_iter().map(f32::to_bits).collect()
+        };
+        weights.values().map(bits).collect()
+    }
+
     #[test]
     fn fine_tuning_starts_from_the_given_weights_and_keeps_the_best_by_dev() {
         let (task, shared) = (task(), shared());
-        let base = train(
-            Run { phase: Phase::Pretrain, drop_p: 0.0, seed: 1 },
-            &task,
-            &shared,
-            None,
-            || (),
-        )
-        .unwrap();
+        let base = base(&task);
         let run = Run { phase: Phase::Finetune, drop_p: 0.1, seed: 1 };
         let tuned = train(run, &task, &shared, Some(&base.weights), || ()).unwrap();
-        assert_eq!(tuned.curve[0].dev_loss, base.last.dev.loss());
+        assert_eq!(tuned.start.dev.loss(), base.fixed.dev.loss());
+        assert_eq!(tuned.start.test.loss(), base.fixed.test.loss());
+        assert_eq!(tuned.curve[0].dev_loss, base.fixed.dev.loss());
         assert!(tuned.early.dev.loss() <= tuned.curve[0].dev_loss);
         assert_eq!(tuned.curve.iter().map(|p| p.step).collect::<Vec<_>>(), [0, 2, 4, 6]);
+    }
+
+    #[test]
+    fn a_run_ends_when_patience_does_but_not_before_its_fixed_step() {
+        let shared = shared();
+        let run = Run { phase: Phase::Finetune, drop_p: 0.0, seed: 1 };
+        // So high a learning rate that nothing after the first point is better.
+        let recipe = Recipe { steps: 40, lr: 3.0, warmup: 0, clip: 1e9, ..recipe() };
+        let steps_of = |fixed_step| {
+            let task = Task { recipe: recipe.clone(), fixed_step, ..task() };
+            let counted = std::cell::Cell::new(0);
+            let result =
+                train(run, &task, &shared, None, || counted.set(counted.get() + 1)).unwrap();
+            assert_eq!(counted.get(), 40);
+            (result.curve.last().unwrap().step, result.early.step, result.fixed.step)
+        };
+        assert_eq!(steps_of(40), (40, 0, 40));
+        assert_eq!(steps_of(8), (8, 0, 8));
+        assert_eq!(steps_of(1), (1, 0, 1));
+    }
+
+    #[test]
+    fn the_fixed_step_of_a_longer_run_is_the_end_of_a_shorter_one() {
+        let (shared, whole) = (shared(), Recipe { final_lr: 1.0, ..recipe() });
+        let base = base(&task());
+        let run = Run { phase: Phase::Finetune, drop_p: 0.1, seed: 1 };
+        let tuned = |steps, fixed_step| {
+            let task = Task { recipe: Recipe { steps, ..whole.clone() }, fixed_step, ..task() };
+            train(run, &task, &shared, Some(&base.weights), || ()).unwrap()
+        };
+        let (long, short) = (tuned(6, 3), tuned(3, 3));
+        assert_eq!((long.fixed.step, short.fixed.step), (3, 3));
+        assert_eq!(long.fixed.test.documents, short.fixed.test.documents);
+        assert_eq!(bits(&long.weights), bits(&short.weights));
+        assert_eq!(long.curve.iter().map(|p| p.step).collect::<Vec<_>>(), [0, 2, 3, 4, 6]);
+        let curve = learning_curve(
+            run,
+            &Task { recipe: whole, fixed_step: 3, ..task() },
+            &shared,
+            Some(&base.weights),
+            || (),
+        );
+        let losses = |curve: &[CurvePoint]| curve.iter().map(|p| p.dev_loss).collect::<Vec<_>>();
+        assert_eq!(losses(&curve.unwrap()), losses(&long.curve));
     }
 }

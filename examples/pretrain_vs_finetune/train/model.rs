@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use candle_core::{DType, Device, Tensor, Var};
-use candle_dropout::{
-    CrossEntropyConfig, MaskGenerator, Transformer, cross_entropy, seeded_var_builder,
+use anyhow::{Context, Result, ensure};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor};
+use candle_dropout::functional::{CrossEntropyConfig, cross_entropy};
+use candle_dropout::training::{
+    AdamW, NamedVars, Optimizer, ParamGroup, ParamsAdamW, check_gradients, named_vars,
 };
-use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
+use candle_dropout::{MaskGenerator, Transformer, seeded_var_builder};
+use candle_nn::VarMap;
 
 use super::super::corpus::{Document, Window};
 use super::order::stream;
@@ -41,11 +44,9 @@ pub fn batch(
     Ok((inputs, Tensor::from_vec(bytes(1), windows.len() * context, device)?))
 }
 
-/// A model with its variables in the order of their names: sums over parameters must not depend on
-/// a hash map's order.
 pub struct Model {
     gpt: Transformer,
-    vars: BTreeMap<String, Var>,
+    vars: NamedVars,
     masks: Arc<MaskGenerator>,
     fused: bool,
 }
@@ -61,14 +62,7 @@ impl Model {
             masks.clone(),
             seeded_var_builder(&map, run.seed, DType::F32, &shared.device),
         )?;
-        let vars: BTreeMap<String, Var> = map
-            .data()
-            .lock()
-            .map_err(|e| anyhow!("{e}"))?
-            .iter()
-            .map(|(name, var)| (name.clone(), var.clone()))
-            .collect();
-        let model = Self { gpt, vars, masks, fused: config.fused };
+        let model = Self { gpt, vars: named_vars(&map)?, masks, fused: config.fused };
         if let Some(weights) = start {
             model.restore(weights)?;
         }
@@ -89,33 +83,36 @@ impl Model {
         Ok(())
     }
 
-    /// Mean loss of a batch; with its gradient, clipped, applied.
-    pub fn step(
+    /// Mean loss of a batch, and its gradient.
+    fn gradients(
         &self,
-        adamw: &mut AdamW,
         inputs: &Tensor,
         targets: &Tensor,
-        clip: f64,
         with_dropout: bool,
-    ) -> Result<f64> {
+    ) -> Result<(Tensor, GradStore)> {
         let logits = self.gpt.forward(inputs, with_dropout)?.flatten_to(1)?;
         let loss = match self.fused {
             true => cross_entropy(&logits, targets, &CrossEntropyConfig::default())?,
             false => token_losses(&logits, targets)?.mean_all()?,
         };
-        let mut grads = loss.backward()?;
-        let mut squares = 0.0;
-        for (name, var) in &self.vars {
-            let grad = grads.get(var).with_context(|| format!("{name} received no gradient"))?;
-            squares += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        }
-        if squares.sqrt() > clip {
-            for var in self.vars.values() {
-                if let Some(grad) = grads.remove(var) {
-                    grads.insert(var, (grad * (clip / squares.sqrt()))?);
-                }
-            }
-        }
+        let grads = loss.backward()?;
+        Ok((loss, grads))
+    }
+
+    /// Every variable learns from a batch.
+    pub fn check_gradients(&self, inputs: &Tensor, targets: &Tensor) -> Result<()> {
+        Ok(check_gradients(&self.vars, &self.gradients(inputs, targets, false)?.1)?)
+    }
+
+    /// Mean loss of a batch; with its gradient applied.
+    pub fn step(
+        &self,
+        adamw: &mut AdamW,
+        inputs: &Tensor,
+        targets: &Tensor,
+        with_dropout: bool,
+    ) -> Result<f64> {
+        let (loss, grads) = self.gradients(inputs, targets, with_dropout)?;
         adamw.step(&grads)?;
         let loss = f64::from(loss.to_scalar::<f32>()?);
         ensure!(loss.is_finite(), "the training loss is {loss}: lower the learning rate");
@@ -155,5 +152,6 @@ pub fn adamw(model: &Model, recipe: &Recipe) -> Result<AdamW> {
         weight_decay: recipe.weight_decay,
         ..Default::default()
     };
-    Ok(AdamW::new(model.vars.values().cloned().collect(), params)?)
+    Ok(AdamW::from_groups(vec![ParamGroup::new(&model.vars)], params)?
+        .with_clip_norm(recipe.clip)?)
 }

@@ -1,6 +1,7 @@
 //! How a phase trains.
 
 use candle_dropout::TransformerConfig;
+use candle_dropout::training::LrSchedule;
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -51,12 +52,11 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    pub fn lr_at(&self, step: usize) -> f64 {
-        let warmup = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
-        let progress = step.saturating_sub(self.warmup) as f64
-            / self.steps.saturating_sub(self.warmup).max(1) as f64;
-        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
-        self.lr * warmup * (self.final_lr + (1.0 - self.final_lr) * cosine)
+    /// The learning rate of every step.
+    pub fn schedule(&self) -> candle_core::Result<LrSchedule> {
+        LrSchedule::cosine(self.lr, self.steps)?
+            .with_warmup(self.warmup)
+            .with_final_lr(self.final_lr)
     }
 }
 
@@ -68,9 +68,12 @@ mod tests {
     #[test]
     fn the_schedule_warms_up_and_decays_to_its_final_value() {
         let r = Recipe { steps: 100, warmup: 10, ..recipe() };
-        assert!((r.lr_at(0) - 1e-3).abs() < 1e-12 && (r.lr_at(9) - 1e-2).abs() < 1e-12);
-        assert!((r.lr_at(55) - 5.5e-3).abs() < 1e-12 && (r.lr_at(100) - 1e-3).abs() < 1e-12);
-        let constant = Recipe { final_lr: 1.0, ..r };
-        assert!((constant.lr_at(99) - 1e-2).abs() < 1e-12);
+        let schedule = r.schedule().unwrap();
+        assert!((schedule.at(0) - 1e-3).abs() < 1e-12 && (schedule.at(9) - 1e-2).abs() < 1e-12);
+        assert!(
+            (schedule.at(55) - 5.5e-3).abs() < 1e-12 && (schedule.at(100) - 1e-3).abs() < 1e-12
+        );
+        let constant = Recipe { final_lr: 1.0, ..r }.schedule().unwrap();
+        assert_eq!(constant.at(99), 1e-2);
     }
 }

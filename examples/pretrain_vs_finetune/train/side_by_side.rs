@@ -5,12 +5,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use anyhow::{Result, anyhow};
 
 /// Runs `jobs` on `threads` threads, each inside a rayon pool of its own so that runs never share
-/// workers. Results come in the order of the jobs; the first error stops what has not started.
+/// workers; with one thread, on that of the caller, so that on CUDA no tensor crosses threads.
+/// Results come in the order of the jobs; the first error stops what has not started.
 pub fn side_by_side<J: Sync, R: Send>(
     jobs: &[J],
     threads: usize,
     work: impl Fn(&J) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
+    if threads == 1 {
+        return jobs.iter().map(work).collect();
+    }
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let worker = || -> Result<Vec<(usize, R)>> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
@@ -51,5 +55,13 @@ mod tests {
         let error = side_by_side(&jobs, 3, |&j| if j == 5 { Err(anyhow!("five")) } else { Ok(j) })
             .unwrap_err();
         assert_eq!(error.to_string(), "five");
+    }
+    #[test]
+    fn one_thread_is_that_of_the_caller() {
+        let caller = std::thread::current().id();
+        let ids = side_by_side(&[(); 3], 1, |()| Ok(std::thread::current().id())).unwrap();
+        assert_eq!(ids, [caller; 3]);
+        let ids = side_by_side(&[(); 3], 2, |()| Ok(std::thread::current().id())).unwrap();
+        assert!(ids.iter().all(|&id| id != caller));
     }
 }

@@ -1,7 +1,7 @@
 //! The naive formula of `activation_dropout`.
 
 use candle_core::{D, Result, Tensor};
-use candle_dropout::Activation;
+use candle_dropout::functional::Activation;
 
 use crate::dropout;
 
@@ -17,17 +17,31 @@ pub fn formula(
         Some(bias) => x.broadcast_add(bias)?.reshape(x.shape())?,
         None => x.clone(),
     };
-    let halves = || u.chunk(2, D::Minus1);
     let a = match activation {
         Activation::GeluTanh => gelu(&u)?,
-        Activation::GeluErf => {
-            (&u * ((&u * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.)?)?.affine(0.5, 0.)?
-        }
+        Activation::GeluErf => gelu_erf(&u)?,
         Activation::Silu => u.silu()?,
-        // Candle's own has the slope 1 at 0.
-        Activation::Relu => (&u * u.gt(0.)?.to_dtype(u.dtype())?)?,
-        Activation::SwiGlu => (halves()?[0].silu()? * &halves()?[1])?,
-        Activation::GeGlu => (gelu(&halves()?[0])? * &halves()?[1])?,
+        Activation::Relu => relu(&u)?,
+        Activation::QuickGelu => quick_gelu(&u)?,
+        Activation::Relu2 => relu(&u)?.sqr()?,
+        Activation::Tanh => u.tanh()?,
+        Activation::Sigmoid => sigmoid(&u)?,
+        gated => {
+            let halves = u.chunk(2, D::Minus1)?;
+            let (u, v) = (&halves[0], &halves[1]);
+            let gate = match gated {
+                Activation::SwiGlu => u.silu()?,
+                Activation::GeGlu => gelu(u)?,
+                Activation::GeGluErf => gelu_erf(u)?,
+                Activation::ReGlu => relu(u)?,
+                Activation::QuickGeGlu => quick_gelu(u)?,
+                Activation::Relu2Glu => relu(u)?.sqr()?,
+                Activation::TanhGlu => u.tanh()?,
+                Activation::Glu => sigmoid(u)?,
+                plain => candle_core::bail!("{plain:?} has no gate"),
+            };
+            (gate * v)?
+        }
     };
     dropout::formula(&a, keep, drop_scale)
 }
@@ -36,4 +50,21 @@ pub fn formula(
 fn gelu(u: &Tensor) -> Result<Tensor> {
     let w = (u * u.sqr()?.affine(0.044715, 1.)?)?.affine(std::f64::consts::FRAC_2_PI.sqrt(), 0.)?;
     (u * (w.tanh()? + 1.)?)?.affine(0.5, 0.)
+}
+
+fn gelu_erf(u: &Tensor) -> Result<Tensor> {
+    (u * ((u * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.)?)?.affine(0.5, 0.)
+}
+
+/// Candle's own has the slope 1 at 0.
+fn relu(u: &Tensor) -> Result<Tensor> {
+    u * u.gt(0.)?.to_dtype(u.dtype())?
+}
+
+fn sigmoid(u: &Tensor) -> Result<Tensor> {
+    (u.neg()?.exp()? + 1.)?.recip()
+}
+
+fn quick_gelu(u: &Tensor) -> Result<Tensor> {
+    u * sigmoid(&(u * 1.702)?)?
 }

@@ -1,12 +1,12 @@
 //! The naive formula of `attention`.
 
 use candle_core::{DType, Result, Tensor};
-use candle_dropout::AttentionConfig;
+use candle_dropout::functional::AttentionConfig;
 
 use crate::dropout;
-use crate::softmax_dropout::softmax;
+use crate::softmax_dropout::{drop_keys, softmax};
 
-/// `o = y · v` with `y` the dropout of the softmax of the scores.
+/// `o = y · v` with `y` the dropout of the softmax of the scores, or that of the scores whose keys are kept.
 pub fn formula(
     q: &Tensor,
     k: &Tensor,
@@ -53,7 +53,10 @@ pub fn formula(
         .map(|(length, i, j)| sees(length, i, j))
         .collect();
     let visible = Tensor::from_vec(visible, (b, 1, queries, keys), device)?;
-    let hidden = t.ones_like()?.affine(0., f64::NEG_INFINITY)?;
-    let t = visible.broadcast_as(scores)?.contiguous()?.where_cond(&t, &hidden)?;
-    dropout::formula(&softmax(&t)?, keep, drop_scale)?.matmul(&shared(v)?)
+    let t = drop_keys(&t, &visible.broadcast_as(scores)?.contiguous()?)?;
+    let y = match config.drop_key {
+        true => softmax(&drop_keys(&t, keep)?)?,
+        false => dropout::formula(&softmax(&t)?, keep, drop_scale)?,
+    };
+    y.matmul(&shared(v)?)
 }

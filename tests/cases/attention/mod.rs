@@ -7,7 +7,8 @@ mod kernel;
 mod sizes;
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use candle_dropout::{AttentionConfig, AttentionMask, DropMask, attention, softmax_dropout};
+use candle_dropout::DropMask;
+use candle_dropout::functional::{AttentionConfig, AttentionMask, attention, softmax_dropout};
 
 pub use formula::formula;
 pub use sizes::{Sizes, sizes};
@@ -25,6 +26,7 @@ struct Attention {
     softcap: Option<f64>,
     key_lengths: bool,
     alibi_slopes: bool,
+    drop_key: bool,
 }
 
 const PLAIN: Attention = Attention {
@@ -35,6 +37,7 @@ const PLAIN: Attention = Attention {
     softcap: None,
     key_lengths: false,
     alibi_slopes: false,
+    drop_key: false,
 };
 
 /// One of each limit and each change of the scores, and some together.
@@ -59,6 +62,18 @@ pub const CASES: &[&dyn Case] = &[
         softcap: Some(3.),
         key_lengths: true,
         alibi_slopes: true,
+        ..PLAIN
+    },
+    &Attention { name: "attention_drop_key", drop_key: true, ..PLAIN },
+    &Attention {
+        name: "attention_drop_key_all",
+        scale: Some(0.2),
+        causal: true,
+        window: Some((90, 9)),
+        softcap: Some(3.),
+        key_lengths: true,
+        alibi_slopes: true,
+        drop_key: true,
     },
 ];
 
@@ -72,6 +87,7 @@ impl Attention {
             softcap: self.softcap,
             key_lengths: self.key_lengths.then(|| constants.next()).flatten(),
             alibi_slopes: self.alibi_slopes.then(|| constants.next()).flatten(),
+            drop_key: self.drop_key,
         }
     }
 
@@ -148,7 +164,7 @@ impl Case for Attention {
 
     fn constants(&self, size: &[usize], _: DType, device: &Device) -> Result<Vec<Tensor>> {
         let Some(Sizes { b, h, sk, .. }) = Sizes::of(size) else { return Ok(vec![]) };
-        let lengths = || (0..b).map(|b| ((b * 37 + 3) % (sk + 2)) as u32).collect::<Vec<_>>();
+        let lengths = || (0..b).map(|b| ((b * 37 + 3) % (sk + 1)) as u32).collect::<Vec<_>>();
         // Gentle: a logit of 100 is known to 1e-5 in f32, and so is its exponential, whoever computes it.
         let slopes = || (0..h).map(|h| 0.5f32.powi(h as i32 + 5)).collect::<Vec<_>>();
         let lengths = self.key_lengths.then(|| Tensor::new(lengths(), device));

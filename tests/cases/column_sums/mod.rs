@@ -5,7 +5,8 @@ mod formula;
 mod kernel;
 
 use candle_core::{Result, Tensor};
-use candle_dropout::{DropMask, column_sums, dropout as our_dropout};
+use candle_dropout::DropMask;
+use candle_dropout::functional::{column_sums, dropout as our_dropout};
 
 pub use formula::formula;
 

@@ -1,11 +1,12 @@
-//! `cross_entropy`, and the same with label smoothing and some rows ignored.
+//! `cross_entropy`, and the same with label smoothing, some rows ignored, the sum of the rows, z-loss.
 
 mod formula;
 #[cfg(test)]
 mod kernel;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_dropout::{CrossEntropyConfig, DropMask, cross_entropy};
+use candle_dropout::DropMask;
+use candle_dropout::functional::{CrossEntropyConfig, Reduction, cross_entropy};
 
 pub use formula::formula;
 
@@ -13,24 +14,47 @@ use crate::{Case, Exact, Results, largest};
 
 #[derive(Debug)]
 struct CrossEntropy {
-    smoothed: bool,
+    name: &'static str,
+    config: CrossEntropyConfig,
+    /// Some targets are ignored; they are i64 then.
+    ignores: bool,
 }
 
-pub const CASES: &[&dyn Case] =
-    &[&CrossEntropy { smoothed: false }, &CrossEntropy { smoothed: true }];
+const PLAIN: CrossEntropyConfig = CrossEntropyConfig {
+    label_smoothing: 0.,
+    ignore_index: None,
+    reduction: Reduction::Mean,
+    z_loss: 0.,
+};
 
-impl CrossEntropy {
-    fn config(&self) -> CrossEntropyConfig {
-        CrossEntropyConfig {
-            label_smoothing: if self.smoothed { 0.1 } else { 0. },
-            ignore_index: self.smoothed.then_some(-100),
-        }
-    }
-}
+/// The factor is larger than anybody's, so that the other terms do not hide it.
+pub const CASES: &[&dyn Case] = &[
+    &CrossEntropy { name: "cross_entropy", config: PLAIN, ignores: false },
+    &CrossEntropy {
+        name: "cross_entropy_smoothed",
+        config: CrossEntropyConfig { label_smoothing: 0.1, ignore_index: Some(-100), ..PLAIN },
+        ignores: true,
+    },
+    &CrossEntropy {
+        name: "cross_entropy_sum",
+        config: CrossEntropyConfig {
+            ignore_index: Some(-100),
+            reduction: Reduction::Sum,
+            z_loss: 0.02,
+            ..PLAIN
+        },
+        ignores: true,
+    },
+    &CrossEntropy {
+        name: "cross_entropy_z",
+        config: CrossEntropyConfig { label_smoothing: 0.3, z_loss: 0.02, ..PLAIN },
+        ignores: false,
+    },
+];
 
 impl Case for CrossEntropy {
     fn name(&self) -> &'static str {
-        if self.smoothed { "cross_entropy_smoothed" } else { "cross_entropy" }
+        self.name
     }
 
     fn arguments(&self, size: &[usize]) -> Vec<Vec<usize>> {
@@ -59,7 +83,7 @@ impl Case for CrossEntropy {
         let Some((&classes, rows)) = size.split_last() else { candle_core::bail!("no classes") };
         let class = |row: usize| (row * 7919 + 3) % classes.max(1);
         let count = rows.iter().product::<usize>();
-        let targets = if self.smoothed {
+        let targets = if self.ignores {
             let target = |row: usize| if row % 5 == 1 { -100 } else { class(row) as i64 };
             Tensor::from_vec((0..count).map(target).collect(), rows, device)?
         } else {
@@ -69,7 +93,7 @@ impl Case for CrossEntropy {
     }
 
     fn fused(&self, args: &[Tensor], targets: &[Tensor], _: &DropMask) -> Result<Vec<Tensor>> {
-        Ok(vec![cross_entropy(&args[0], &targets[0], &self.config())?])
+        Ok(vec![cross_entropy(&args[0], &targets[0], &self.config)?])
     }
 
     fn formula(
@@ -79,7 +103,7 @@ impl Case for CrossEntropy {
         _: &Tensor,
         _: f64,
     ) -> Result<Vec<Tensor>> {
-        Ok(vec![formula(&args[0], &targets[0], &self.config())?])
+        Ok(vec![formula(&args[0], &targets[0], &self.config)?])
     }
 
     fn chain(&self, args: &[Tensor], targets: &[Tensor], _: f32) -> Results {
@@ -87,7 +111,7 @@ impl Case for CrossEntropy {
             let logits = args[0].to_dtype(DType::F32)?;
             Ok(vec![candle_nn::loss::cross_entropy(&logits, &targets[0])?])
         };
-        (!self.smoothed && args[0].rank() == 2).then(loss)
+        (self.config == PLAIN && args[0].rank() == 2).then(loss)
     }
 
     fn terms(&self, exact: &Exact<'_>) -> Result<Vec<f64>> {
@@ -96,11 +120,15 @@ impl Case for CrossEntropy {
         let dlogits = &exact.results[1];
         let cols = dlogits.dims().last().map_or(1, |cols| (*cols).max(1));
         let rows = (dlogits.elem_count() / cols).max(1);
-        Ok(vec![0., 4. * largest(exact.dy)? / rows as f64])
+        let row_weight = match self.config.reduction {
+            Reduction::Mean => 1. / rows as f64,
+            Reduction::Sum => 1.,
+        };
+        Ok(vec![0., 4. * largest(exact.dy)? * row_weight])
     }
 
     fn bench_drop_ps(&self) -> &'static [f32] {
-        if self.smoothed { &[] } else { &[0.] }
+        if self.config == PLAIN { &[0.] } else { &[] }
     }
 
     /// Large ones over the tokens of GPT-2.

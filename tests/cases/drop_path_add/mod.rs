@@ -5,7 +5,8 @@ mod formula;
 mod kernel;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_dropout::{DropMask, StochasticDepth, drop_path_add};
+use candle_dropout::DropMask;
+use candle_dropout::functional::{StochasticDepth, drop_path_add};
 
 pub use formula::formula;
 

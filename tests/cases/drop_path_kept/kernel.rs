@@ -1,8 +1,8 @@
 //! `kernels/drop_path_kept.cu`, bit for bit the CPU op.
 
 use candle_core::{DType, Device, Tensor};
+use candle_dropout::functional::{StochasticDepth, drop_path_kept};
 use candle_dropout::sizes::elementwise;
-use candle_dropout::{StochasticDepth, drop_path_kept};
 
 use crate::host::*;
 
@@ -101,11 +101,13 @@ fn gather_equals_a_selection<T: Element>() {
 
 #[test]
 fn kept_samples_are_added_to_the_residual_at_their_places() {
+    skip_without_compiler!();
     for_each_dtype!(scatter_equals_the_cpu());
 }
 
 #[test]
 fn samples_are_gathered_from_their_places() {
+    skip_without_compiler!();
     for_each_dtype!(gather_equals_a_selection());
 }
 

@@ -4,7 +4,8 @@
 mod kernel;
 
 use candle_core::{Result, Tensor};
-use candle_dropout::{DropMask, StochasticDepth, drop_path_add, drop_path_kept};
+use candle_dropout::DropMask;
+use candle_dropout::functional::{StochasticDepth, drop_path_add, drop_path_kept};
 
 use crate::{Case, Results, drop_path_add};
 

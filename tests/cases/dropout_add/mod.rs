@@ -5,7 +5,8 @@ mod formula;
 mod kernel;
 
 use candle_core::{Result, Tensor};
-use candle_dropout::{DropMask, dropout_add};
+use candle_dropout::DropMask;
+use candle_dropout::functional::dropout_add;
 
 pub use formula::formula;
 

@@ -1,7 +1,7 @@
 //! The naive formula of `dropout_add_norm`.
 
 use candle_core::{Result, Tensor};
-use candle_dropout::Norm;
+use candle_dropout::functional::Norm;
 
 use crate::{dropout, dropout_add, norm};
 

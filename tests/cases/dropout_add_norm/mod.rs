@@ -5,7 +5,8 @@ mod formula;
 mod kernel;
 
 use candle_core::{Result, Tensor};
-use candle_dropout::{DropMask, Norm, dropout_add_norm};
+use candle_dropout::DropMask;
+use candle_dropout::functional::{Norm, dropout_add_norm};
 
 pub use formula::formula;
 

@@ -31,8 +31,12 @@ pub struct Case {
 
 struct Argument {
     kind: Kind,
+    /// Not a parameter of the kernel, which reaches it through another argument.
+    behind: bool,
     offset_bytes: usize,
     bytes: Vec<u8>,
+    /// Where addresses of other arguments stand in it: byte, and place of the other.
+    pointers: Vec<(usize, usize)>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -59,7 +63,8 @@ impl Case {
     }
 
     fn argument(mut self, kind: Kind, bytes: Vec<u8>) -> Self {
-        self.arguments.push(Argument { kind, offset_bytes: 0, bytes });
+        let pointers = Vec::new();
+        self.arguments.push(Argument { kind, behind: false, offset_bytes: 0, bytes, pointers });
         self
     }
 
@@ -101,7 +106,24 @@ impl Case {
         self
     }
 
-    /// The format that `runner.h` reads: little-endian, u32 but for the u64 lengths and offsets.
+    /// The buffer just added is no parameter of the kernel: one of those holds its address.
+    pub fn behind(mut self) -> Self {
+        if let Some(last) = self.arguments.last_mut() {
+            last.behind = true;
+        }
+        self
+    }
+
+    /// The buffer just added has at this byte the address of an argument, counted from 0 with those that are
+    /// no parameters.
+    pub fn pointing(mut self, at_byte: usize, to: usize) -> Self {
+        if let Some(last) = self.arguments.last_mut() {
+            last.pointers.push((at_byte, to));
+        }
+        self
+    }
+
+    /// The format that `runner.h` reads: little-endian, u32 but for the u64 lengths, offsets and pointers.
     pub(super) fn write(&self, file: &mut Vec<u8>) {
         let mut word = |value: u32| file.extend(value.to_le_bytes());
         let kernel = self.kernel.as_bytes();
@@ -122,11 +144,16 @@ impl Case {
             word(seed);
         }
         word(self.arguments.len() as u32);
-        for Argument { kind, offset_bytes, bytes } in &self.arguments {
+        for Argument { kind, behind, offset_bytes, bytes, pointers } in &self.arguments {
             file.extend((*kind as u32).to_le_bytes());
+            file.extend(u32::from(*behind).to_le_bytes());
             file.extend((*offset_bytes as u64).to_le_bytes());
             file.extend((bytes.len() as u64).to_le_bytes());
             file.extend(bytes);
+            file.extend((pointers.len() as u64).to_le_bytes());
+            for number in pointers.iter().flat_map(|(at, to)| [*at, *to]) {
+                file.extend((number as u64).to_le_bytes());
+            }
         }
     }
 

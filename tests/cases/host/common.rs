@@ -3,11 +3,13 @@
 use std::fmt::Debug;
 
 use candle_core::{DType, Device, Tensor, WithDType};
-use candle_dropout::sizes::Launch;
-use candle_dropout::{
-    AttentionArgs, AttentionLayout, CrossEntropyArgs, HeadStrides, MaskArgs, MaskKey, RopeArgs,
+use candle_dropout::functional::{
+    AttentionArgs, AttentionLayout, CrossEntropyArgs, DropBlockArgs, HeadStrides, RopeArgs,
     ScoreArgs,
 };
+use candle_dropout::sizes::Launch;
+use candle_dropout::training::{AdamWArgs, AdamWRule};
+use candle_dropout::{MaskArgs, MaskKey};
 
 use super::case::{Case, Plain};
 
@@ -101,18 +103,24 @@ pub fn values<T: Element>(tensor: &Tensor) -> Vec<T> {
 pub unsafe trait Struct: Copy {}
 // SAFETY: `the_layout_is_that_of_the_kernels` in `src/mask/args.rs`.
 unsafe impl Struct for MaskArgs {}
-// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/softmax_dropout/args.rs`.
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/functional/softmax_dropout/args.rs`.
 unsafe impl Struct for ScoreArgs {}
-// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/rope/args.rs`.
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/functional/rope/args.rs`.
 unsafe impl Struct for RopeArgs {}
-// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/cross_entropy/args.rs`.
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/functional/cross_entropy/args.rs`.
 unsafe impl Struct for CrossEntropyArgs {}
-// SAFETY: `the_layout_is_that_of_the_kernels` in `src/ops/attention/args.rs`.
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/functional/drop_block/args.rs`.
+unsafe impl Struct for DropBlockArgs {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/functional/attention/args.rs`.
 unsafe impl Struct for AttentionArgs {}
 // SAFETY: as above.
 unsafe impl Struct for AttentionLayout {}
 // SAFETY: as above.
 unsafe impl Struct for HeadStrides {}
+// SAFETY: `the_layout_is_that_of_the_kernels` in `src/training/adamw/args.rs`.
+unsafe impl Struct for AdamWArgs {}
+// SAFETY: as above.
+unsafe impl Struct for AdamWRule {}
 
 /// The bytes that a launch copies.
 pub fn struct_bytes<T: Struct>(value: &T) -> &[u8] {

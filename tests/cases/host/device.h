@@ -160,6 +160,7 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fsqrt_rn(float value) { return sqrtf(value); }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __frcp_rn(float value) { return 1.0f / value; }
 
 // The fast ones are more exact here than on a GPU: compare their results with a tolerance.
@@ -182,6 +183,11 @@ template <class T> void __stwb(T *address, T value) { *address = value; }
 template <class T> T atomicAdd(T *address, T value) {
   const T old = *address;
   *address = old + value;
+  return old;
+}
+template <class T> T atomicOr(T *address, T value) {
+  const T old = *address;
+  *address = old | value;
   return old;
 }
 template <class T> T atomicMax(T *address, T value) {

@@ -6,7 +6,7 @@
 //! all this notices what it is there to notice.
 //!
 //! The tests of an op's kernels are in `<op>/kernel.rs`. They launch them with the grids and blocks of the
-//! library, and with the very structs that it passes by value.
+//! library, and with the very structs that it passes by value. Each begins with `skip_without_compiler!()`.
 
 mod build;
 mod case;
@@ -16,6 +16,7 @@ mod mask;
 mod program;
 mod selftest;
 
+pub(crate) use build::{has_compiler, skip_without_compiler};
 pub use case::{Case, EVERY_ORDER, Order, Outputs, POISON, Plain};
 pub(crate) use common::*;
 pub use mask::{Mask, assert_keeps_the_vectors};

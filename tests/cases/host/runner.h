@@ -48,18 +48,29 @@ constexpr const char *kind_names[] = {"a value", "an input", "an output", "an in
 // A kernel argument. A buffer is an allocation of its own and ends exactly where its bytes do, so
 // AddressSanitizer sees an overrun of a single byte. `offset` moves its start away from the 16-byte
 // alignment of the allocation, as a view into a larger tensor does.
+//
+// One that is `behind` is no parameter: another argument holds its address, at one of its `pointers`.
 struct Argument {
+  struct Pointer {
+    uint64_t at, to;
+  };
+
   Kind kind;
+  bool behind;
   uint64_t offset;
   std::vector<char> bytes;
+  std::vector<Pointer> pointers;
   char *allocation = nullptr;
 
   static constexpr int canary = 0xc5;
 
   void read(CaseFile &cases) {
     kind = cases.next<Kind>();
+    behind = cases.next<uint32_t>();
     offset = cases.next<uint64_t>();
     bytes = cases.next_bytes();
+    pointers.resize(cases.next<uint64_t>());
+    for (Pointer &pointer : pointers) pointer = cases.next<Pointer>();
   }
   bool is_written() const { return kind == Kind::output || kind == Kind::in_out; }
   char *start() const { return allocation + offset; }
@@ -67,6 +78,16 @@ struct Argument {
     allocation = static_cast<char *>(malloc(offset + bytes.size()));
     memset(allocation, canary, offset);
     std::copy(bytes.begin(), bytes.end(), start());
+  }
+  // Writes the addresses; and, so that runs can be compared, what stood in their place.
+  void point(const std::vector<Argument> &arguments) {
+    for (const Pointer &pointer : pointers) {
+      const uint64_t address = reinterpret_cast<uint64_t>(arguments.at(pointer.to).start());
+      memcpy(start() + pointer.at, &address, sizeof address);
+    }
+  }
+  void unpoint() {
+    for (const Pointer &pointer : pointers) memcpy(start() + pointer.at, bytes.data() + pointer.at, sizeof(uint64_t));
   }
   void release(size_t position) {
     for (uint64_t i = 0; i < offset; ++i)
@@ -132,7 +153,11 @@ inline void run_case(CaseFile &cases, FILE *results) {
   std::vector<std::vector<char>> first;
   for (const machine::Order &order : orders) {
     for (Argument &argument : arguments) argument.allocate();
-    machine::run_grid(grid, block, shared_bytes, order, found->second(arguments));
+    for (Argument &argument : arguments) argument.point(arguments);
+    Arguments parameters;
+    std::copy_if(arguments.begin(), arguments.end(), std::back_inserter(parameters), [](const Argument &argument) { return !argument.behind; });
+    machine::run_grid(grid, block, shared_bytes, order, found->second(parameters));
+    for (Argument &argument : arguments) argument.unpoint();
     for (size_t i = 0; i < arguments.size(); ++i) {
       Argument &argument = arguments[i];
       const char *begin = argument.start(), *end = begin + argument.bytes.size();
@@ -146,7 +171,7 @@ inline void run_case(CaseFile &cases, FILE *results) {
     }
   }
   for (size_t i = 0; i < arguments.size(); ++i)
-    if (arguments[i].is_written()) fwrite(first[i].data(), 1, first[i].size(), results);
+    if (arguments[i].is_written() && !first[i].empty()) fwrite(first[i].data(), 1, first[i].size(), results);
   putc('.', results);
   fflush(results); // the harness counts the finished cases of a run that fails
 }

@@ -1,7 +1,7 @@
 //! The naive formula of `norm`.
 
 use candle_core::{D, Result, Tensor};
-use candle_dropout::Norm;
+use candle_dropout::functional::Norm;
 
 /// LayerNorm or RMSNorm over the last dimension.
 pub fn formula(z: &Tensor, norm: &Norm) -> Result<Tensor> {

@@ -1,11 +1,13 @@
 //! LayerNorm and RMSNorm.
 
+pub mod far;
 mod formula;
 #[cfg(test)]
 pub(crate) mod kernel;
 
 use candle_core::{Module, Result, Tensor};
-use candle_dropout::{DropMask, Norm};
+use candle_dropout::DropMask;
+use candle_dropout::functional::Norm;
 
 pub use formula::formula;
 

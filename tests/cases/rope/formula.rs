@@ -1,7 +1,7 @@
 //! The naive formula of `rope`.
 
 use candle_core::{D, Result, Tensor};
-use candle_dropout::RopeStyle;
+use candle_dropout::functional::RopeStyle;
 
 /// `(x1 cos - x2 sin, x1 sin + x2 cos)` for each pair.
 pub fn formula(x: &Tensor, cos: &Tensor, sin: &Tensor, style: RopeStyle) -> Result<Tensor> {

@@ -5,7 +5,8 @@ mod formula;
 mod kernel;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_dropout::{DropMask, RopeStyle, rope};
+use candle_dropout::DropMask;
+use candle_dropout::functional::{RopeStyle, rope};
 
 pub use formula::formula;
 

@@ -1,7 +1,7 @@
-//! The naive formula of `softmax_dropout`.
+//! The naive formulas of `softmax_dropout` and of `softmax_drop_key`.
 
 use candle_core::{D, Device, Result, Tensor};
-use candle_dropout::AttentionMask;
+use candle_dropout::functional::AttentionMask;
 
 use crate::dropout;
 
@@ -14,21 +14,38 @@ pub fn formula(
     keep: &Tensor,
     drop_scale: f64,
 ) -> Result<Tensor> {
-    if scores.rank() == 0 {
-        let (row, keep) = (scores.unsqueeze(0)?, keep.unsqueeze(0)?);
-        return formula(&row, scale, mask, &keep, drop_scale)?.squeeze(0);
-    }
-    let scaled = (scores * scale)?;
-    let t = match mask {
-        AttentionMask::None => scaled,
-        AttentionMask::Additive(additive) => scaled.broadcast_add(additive)?,
+    let t = inputs(scores, scale, mask)?;
+    dropout::formula(&softmax(&t)?.reshape(scores.shape())?, keep, drop_scale)
+}
+
+/// `softmax(keep ? scale * scores + mask : -inf)`, with zeros in rows of which every key is masked or dropped.
+pub fn drop_key_formula(
+    scores: &Tensor,
+    scale: f64,
+    mask: &AttentionMask,
+    keep: &Tensor,
+) -> Result<Tensor> {
+    let t = inputs(scores, scale, mask)?;
+    softmax(&drop_keys(&t, &keep.reshape(t.shape())?)?)?.reshape(scores.shape())
+}
+
+/// `keep ? t : -inf`
+pub fn drop_keys(t: &Tensor, keep: &Tensor) -> Result<Tensor> {
+    keep.where_cond(t, &t.ones_like()?.affine(0., f64::NEG_INFINITY)?)
+}
+
+/// `scale * scores + mask`; a scalar is a row of one key.
+fn inputs(scores: &Tensor, scale: f64, mask: &AttentionMask) -> Result<Tensor> {
+    let scaled = if scores.rank() == 0 { scores.unsqueeze(0)? } else { scores.clone() };
+    let scaled = (scaled * scale)?;
+    match mask {
+        AttentionMask::None => Ok(scaled),
+        AttentionMask::Additive(additive) => scaled.broadcast_add(additive),
         AttentionMask::Causal => {
-            let masked = scaled.ones_like()?.affine(0., f64::NEG_INFINITY)?;
             let visible = causal(scaled.dim(D::Minus2)?, scaled.dim(D::Minus1)?, scores.device())?;
-            visible.broadcast_as(scaled.shape())?.where_cond(&scaled, &masked)?
+            drop_keys(&scaled, &visible.broadcast_as(scaled.shape())?)
         }
-    };
-    dropout::formula(&softmax(&t)?, keep, drop_scale)
+    }
 }
 
 /// Over the last dimension, with zeros in rows of which every element is -inf.

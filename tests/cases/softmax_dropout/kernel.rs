@@ -1,6 +1,6 @@
 //! `kernels/softmax_dropout.cu` against its formula in f64.
 
-use candle_dropout::{AttentionMask, ScoreArgs};
+use candle_dropout::functional::{AttentionMask, ScoreArgs};
 
 use super::SCALE;
 use crate::host::*;
@@ -57,6 +57,8 @@ struct Form {
     causal: bool,
     offset: usize,
     mask: Mask,
+    /// Keys are dropped, not weights.
+    drop_key: bool,
     poison: Poison,
     what: String,
 }
@@ -84,7 +86,7 @@ struct Inputs<T> {
 }
 
 fn inputs<T: Element>(form: &Form) -> Inputs<T> {
-    let Form { dims, mask, poison: how, .. } = form;
+    let Form { dims, mask, drop_key, poison: how, .. } = form;
     let [queries, keys] = [dims[dims.len() - 2], dims[dims.len() - 1]];
     let len = mask.keep.len();
     let (mut scores, mut dy): (Vec<T>, Vec<T>) = (random(1, len), random(2, len));
@@ -100,7 +102,8 @@ fn inputs<T: Element>(form: &Form) -> Inputs<T> {
         if *how == Poison::InScores && i % (2 * keys) == keys / 2 {
             scores[i] = poison(0);
         }
-        let hidden = form.causal && key + queries > query + keys;
+        let unseen = form.causal && key + queries > query + keys;
+        let hidden = unseen || (*drop_key && !mask.keep[i]);
         if hidden && *how == Poison::WhereHidden {
             scores[i] = poison(i);
         }
@@ -126,7 +129,8 @@ struct Expected {
 /// `y`, and `dscores` for each of the scales of the gradient.
 fn formula<T: Element>(
     Inputs { t, dy, .. }: &Inputs<T>,
-    Mask { keep, scale: drop_scale, .. }: &Mask,
+    keep: &[bool],
+    drop_scale: f64,
     keys: usize,
 ) -> [Expected; 3] {
     let [mut y, mut dscores, mut dt] = [(); 3].map(|()| Expected::default());
@@ -167,7 +171,11 @@ fn equals_the_formula<T: Element>(forms: &[Form]) {
             _ => AttentionMask::None,
         };
         let args = ScoreArgs::new("test", &form.dims, SCALE, &attention_mask).unwrap();
-        let [y, dscores, dt] = formula(&inputs, &form.mask, keys);
+        let (args, mask, scale) = match form.drop_key {
+            true => (args.dropping_keys(), form.mask.args.unscaled(), 1.),
+            false => (args, form.mask.args, form.mask.scale),
+        };
+        let [y, dscores, dt] = formula(&inputs, &form.mask.keep, scale, keys);
         let passes =
             [("fwd", args, y), ("bwd", args, dscores), ("bwd", args.with_unit_gradient(), dt)];
         for (pass, args, result) in passes {
@@ -186,7 +194,7 @@ fn equals_the_formula<T: Element>(forms: &[Form]) {
                     .value(rows as u64)
                     .value(keys as u64)
                     .by_value(&args)
-                    .by_value(&form.mask.args),
+                    .by_value(&mask),
             );
             expected.push((result, format!("{pass} {}, {:?}", form.what, form.poison)));
         }
@@ -200,6 +208,7 @@ fn equals_the_formula<T: Element>(forms: &[Form]) {
 
 #[test]
 fn forward_and_backward_equal_the_formula() {
+    skip_without_compiler!();
     let mut forms = Vec::new();
     for (at, &[rows, keys]) in SHAPES.iter().enumerate() {
         let variants = [
@@ -222,7 +231,8 @@ fn forward_and_backward_equal_the_formula() {
             );
             let mask = Mask::from_start(drop_p, &dims, &start);
             let poison = Poison::WhereHidden;
-            forms.push(Form { dims, additive, causal, offset, mask, poison, what });
+            let drop_key = false;
+            forms.push(Form { dims, additive, causal, offset, mask, drop_key, poison, what });
         }
     }
     for_each_dtype!(equals_the_formula(&forms));
@@ -230,6 +240,7 @@ fn forward_and_backward_equal_the_formula() {
 
 #[test]
 fn heads_and_queries_are_those_of_the_attention() {
+    skip_without_compiler!();
     let mut forms = Vec::new();
     for (at, &(dims, additive, causal, start)) in ATTENTION.iter().enumerate() {
         let full: Vec<usize> = (0..4).map(|d| start[d] + dims[d] + d % 2).collect();
@@ -240,6 +251,7 @@ fn heads_and_queries_are_those_of_the_attention() {
                 causal,
                 offset: 0,
                 mask: Mask::window(drop_p, [&dims, &full, &start]),
+                drop_key: false,
                 poison: Poison::WhereHidden,
                 what: format!(
                     "{dims:?} of {full:?}, additive {additive:?}, causal {causal}, start {start:?}, p {drop_p}"
@@ -252,12 +264,14 @@ fn heads_and_queries_are_those_of_the_attention() {
 
 #[test]
 fn windows_are_parts_of_the_whole_mask() {
+    skip_without_compiler!();
     let form = |&window: &[&'static [usize]; 3]| Form {
         dims: window[0].to_vec(),
         additive: None,
         causal: false,
         offset: 0,
         mask: Mask::window(0.5, window),
+        drop_key: false,
         poison: Poison::WhereHidden,
         what: format!("{window:?}"),
     };
@@ -267,6 +281,7 @@ fn windows_are_parts_of_the_whole_mask() {
 
 #[test]
 fn what_is_dropped_is_0_even_in_a_row_of_nans() {
+    skip_without_compiler!();
     let mut forms = Vec::new();
     for dims in [[3, 16], [4, 61], [2, 8200]] {
         for drop_p in [0.5, 1.] {
@@ -276,6 +291,7 @@ fn what_is_dropped_is_0_even_in_a_row_of_nans() {
                 causal: false,
                 offset: 0,
                 mask: Mask::from_start(drop_p, &dims, &[0, 0]),
+                drop_key: false,
                 poison: Poison::InScores,
                 what: format!("{dims:?}, p {drop_p}"),
             });
@@ -285,7 +301,72 @@ fn what_is_dropped_is_0_even_in_a_row_of_nans() {
 }
 
 #[test]
+fn dropped_keys_are_as_if_masked() {
+    skip_without_compiler!();
+    let mut forms = Vec::new();
+    // Whole vectors in registers and read again, elements, rows of which every key is dropped; with what else masks.
+    for (dims, start, additive, causal, drop_p) in [
+        (vec![70, 16], vec![0, 0], None, false, 0.2),
+        (vec![70, 3], vec![0, 0], None, true, 0.7),
+        (vec![9, 61], vec![0, 3], None, false, 0.5),
+        (vec![11, 256], vec![0, 8], Some(vec![256]), false, 0.3),
+        (vec![3, 2048], vec![0, 0], None, true, 0.2),
+        (vec![2, 8208], vec![0, 0], Some(vec![2, 1]), false, 0.2),
+        (vec![2, 8208], vec![0, 5], None, true, 0.5),
+        (vec![2, 3, 4, 16], vec![1, 2, 3, 8], Some(vec![2, 1, 1, 16]), false, 0.4),
+        (vec![2, 3, 4, 13], vec![0, 0, 1, 0], None, true, 0.4),
+        (vec![5, 40], vec![0, 0], None, false, 0.),
+        (vec![5, 40], vec![0, 0], None, false, 1.),
+    ] {
+        for poison in [Poison::WhereHidden, Poison::InScores] {
+            forms.push(Form {
+                mask: Mask::from_start(drop_p, &dims, &start),
+                what: format!("{dims:?} from {start:?}, causal {causal}, p {drop_p}, keys dropped"),
+                dims: dims.clone(),
+                additive: additive.clone(),
+                causal,
+                offset: 0,
+                drop_key: true,
+                poison,
+            });
+        }
+    }
+    for_each_dtype!(equals_the_formula(&forms));
+}
+
+#[test]
+fn what_the_gradients_of_a_row_have_in_common_does_not_count() {
+    skip_without_compiler!();
+    for keys in [3, 61, 256, 1000, 8200] {
+        let scores: Vec<f32> = random(1, keys);
+        // A step of f32 at 4096 is 2^-11: these have the same differences with it and without.
+        let near: Vec<f32> =
+            random::<f32>(2, keys).iter().map(|x| (x * 64.).round() / 64.).collect();
+        let far: Vec<f32> = near.iter().map(|x| x + 4096.).collect();
+        let mask = Mask::from_start(0., &[1, keys], &[0, 0]);
+        let args = ScoreArgs::new("test", &[1, keys], SCALE, &AttentionMask::None).unwrap();
+        let [near, far] = [near, far].map(|dy| -> Vec<f32> {
+            let case = case::<f32>("softmax_dropout_bwd", ScoreArgs::launch(1, keys, 1))
+                .input(&scores)
+                .null()
+                .input(&dy)
+                .output::<f32>(keys)
+                .value(1u64)
+                .value(keys as u64)
+                .by_value(&args)
+                .by_value(&mask.args);
+            KERNELS.run_one(case).unwrap().get(0)
+        });
+        let largest = near.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        for (near, far) in near.iter().zip(&far) {
+            assert!((near - far).abs() <= 1e-6 * largest, "{keys} keys: {near} and {far}");
+        }
+    }
+}
+
+#[test]
 fn the_mask_is_that_of_an_independent_implementation() {
+    skip_without_compiler!();
     assert_keeps_the_vectors(&KERNELS, |mask, keys| {
         let args = ScoreArgs::new("test", &[1, keys], SCALE, &AttentionMask::None).unwrap();
         case::<f32>("softmax_dropout_fwd", ScoreArgs::launch(1, keys, 1))
@@ -299,8 +380,30 @@ fn the_mask_is_that_of_an_independent_implementation() {
     });
 }
 
+#[test]
+fn the_mask_of_keys_is_that_of_an_independent_implementation() {
+    skip_without_compiler!();
+    assert_keeps_the_vectors(&KERNELS, |mask, keys| {
+        let args = ScoreArgs::new("test", &[1, keys], SCALE, &AttentionMask::None).unwrap();
+        case::<f32>("softmax_dropout_fwd", ScoreArgs::launch(1, keys, 1))
+            .input(&vec![1f32; keys])
+            .null()
+            .output::<f32>(keys)
+            .value(1u64)
+            .value(keys as u64)
+            .by_value(&args.dropping_keys())
+            .by_value(&mask.unscaled())
+    });
+}
+
+// mutant: dropped keys seen|s/if \(!drops_keys\) return;/return;/
+// mutant: weights dropped as keys|s/if \(!drops_keys\) return;//
+// mutant: dropped keys seen when read again|s/^        row\.hide_dropped\(key, t\[i\]\);//
+// mutant: keys drop by product|s/keeps\(drop, draws\[j\]\) \? t\[j\] : -INFINITY/t[j] + (keeps(drop, draws[j]) ? 0.f : -INFINITY)/
 // mutant: queries of all heads|s/row % queries/row/
 // mutant: gradient scale|s/float\(args\.grad_scale\)/float(args.scale)/
 // mutant: drops by product|s/keeps\(drop, draws\[j\]\) \? e\[j\] \* scale : 0\.f/e[j] * (keeps(drop, draws[j]) ? scale : 0.f)/
 // mutant: dP drops by product|s/keeps\(drop, draws\[j\]\) \? dp\[i\]\[j\] \* drop\.scale : 0\.f/dp[i][j] * (keeps(drop, draws[j]) ? drop.scale : 0.f)/
 // mutant: masked keys pass on|s/e\[j\] == 0\.f \? 0\.f : e\[j\] \* dp/e[j] * dp/
+// mutant: second mean lost|s/const float rest = .*/const float rest = 0.f;/
+// mutant: second mean of masked keys|s/thread_rest \+= e\[j\] == 0\.f \? 0\.f : /thread_rest += /

@@ -1,13 +1,14 @@
-//! `softmax_dropout` with each mask of attention.
+//! `softmax_dropout` with each mask of attention, and `softmax_drop_key`.
 
 mod formula;
 #[cfg(test)]
 mod kernel;
 
 use candle_core::{D, Result, Tensor};
-use candle_dropout::{AttentionMask, DropMask, softmax_dropout};
+use candle_dropout::DropMask;
+use candle_dropout::functional::{AttentionMask, softmax_drop_key, softmax_dropout};
 
-pub use formula::{formula, softmax};
+pub use formula::{drop_key_formula, drop_keys, formula, softmax};
 
 use crate::{Case, Exact, Results, dropout, largest};
 
@@ -22,44 +23,69 @@ enum Mask {
     Additive,
 }
 
-#[derive(Debug)]
-struct SoftmaxDropout(Mask);
+/// What is dropped.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Drops {
+    Weights,
+    Keys,
+}
 
-pub const CASES: &[&dyn Case] =
-    &[&SoftmaxDropout(Mask::None), &SoftmaxDropout(Mask::Causal), &SoftmaxDropout(Mask::Additive)];
+#[derive(Debug)]
+struct SoftmaxDropout(Drops, Mask);
+
+pub const CASES: &[&dyn Case] = &[
+    &SoftmaxDropout(Drops::Weights, Mask::None),
+    &SoftmaxDropout(Drops::Weights, Mask::Causal),
+    &SoftmaxDropout(Drops::Weights, Mask::Additive),
+    &SoftmaxDropout(Drops::Keys, Mask::None),
+    &SoftmaxDropout(Drops::Keys, Mask::Causal),
+    &SoftmaxDropout(Drops::Keys, Mask::Additive),
+];
 
 impl SoftmaxDropout {
     fn mask(&self, args: &[Tensor]) -> AttentionMask {
-        match self.0 {
+        match self.1 {
             Mask::None => AttentionMask::None,
             Mask::Causal => AttentionMask::Causal,
             Mask::Additive => AttentionMask::Additive(args[1].clone()),
         }
     }
+
+    /// What candle has a chain for.
+    fn is_plain(&self) -> bool {
+        (self.0, self.1) == (Drops::Weights, Mask::None)
+    }
 }
 
 impl Case for SoftmaxDropout {
     fn name(&self) -> &'static str {
-        match self.0 {
-            Mask::None => "softmax_dropout",
-            Mask::Causal => "softmax_dropout_causal",
-            Mask::Additive => "softmax_dropout_additive",
+        match (self.0, self.1) {
+            (Drops::Weights, Mask::None) => "softmax_dropout",
+            (Drops::Weights, Mask::Causal) => "softmax_dropout_causal",
+            (Drops::Weights, Mask::Additive) => "softmax_dropout_additive",
+            (Drops::Keys, Mask::None) => "softmax_drop_key",
+            (Drops::Keys, Mask::Causal) => "softmax_drop_key_causal",
+            (Drops::Keys, Mask::Additive) => "softmax_drop_key_additive",
         }
     }
 
     fn arguments(&self, size: &[usize]) -> Vec<Vec<usize>> {
         let mut arguments = vec![size.to_vec()];
         let additive = || size.last().map_or(vec![], |last| vec![*last]);
-        arguments.extend((self.0 == Mask::Additive).then(additive));
+        arguments.extend((self.1 == Mask::Additive).then(additive));
         arguments
     }
 
     fn takes(&self, size: &[usize]) -> bool {
-        self.0 != Mask::Causal || size.len() >= 2
+        self.1 != Mask::Causal || size.len() >= 2
     }
 
     fn fused(&self, args: &[Tensor], _: &[Tensor], drop: &DropMask) -> Result<Vec<Tensor>> {
-        Ok(vec![softmax_dropout(&args[0], SCALE, &self.mask(args), drop)?])
+        let op = match self.0 {
+            Drops::Weights => softmax_dropout,
+            Drops::Keys => softmax_drop_key,
+        };
+        Ok(vec![op(&args[0], SCALE, &self.mask(args), drop)?])
     }
 
     fn formula(
@@ -69,7 +95,11 @@ impl Case for SoftmaxDropout {
         keep: &Tensor,
         scale: f64,
     ) -> Result<Vec<Tensor>> {
-        Ok(vec![formula(&args[0], SCALE, &self.mask(args), keep, scale)?])
+        let (scores, mask) = (&args[0], self.mask(args));
+        Ok(vec![match self.0 {
+            Drops::Weights => formula(scores, SCALE, &mask, keep, scale)?,
+            Drops::Keys => drop_key_formula(scores, SCALE, &mask, keep)?,
+        }])
     }
 
     fn chain(&self, args: &[Tensor], _: &[Tensor], drop_p: f32) -> Results {
@@ -77,7 +107,7 @@ impl Case for SoftmaxDropout {
             let probabilities = candle_nn::ops::softmax(&(&args[0] * SCALE)?, D::Minus1)?;
             Ok(vec![dropout::chain(&probabilities, drop_p)?])
         };
-        (self.0 == Mask::None).then(y)
+        self.is_plain().then(y)
     }
 
     fn terms(&self, exact: &Exact<'_>) -> Result<Vec<f64>> {
@@ -93,7 +123,7 @@ impl Case for SoftmaxDropout {
     }
 
     fn bench_drop_ps(&self) -> &'static [f32] {
-        if self.0 == Mask::None { &[0., 0.1] } else { &[] }
+        if self.is_plain() { &[0., 0.1] } else { &[] }
     }
 
     fn moved(&self, _: &[usize], _: &DropMask) -> Result<[f64; 2]> {

@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_dropout::DropMask;
 use cases::{Case, drop_scale, mask};
 
+use super::markdown::percent_longer;
 use crate::memory::{forget_peak, used_and_peak};
 use crate::results::Record;
 use crate::timing::Timer;
@@ -231,9 +232,9 @@ pub fn markdown(records: &[Record]) -> Result<String> {
             r.ms,
             r.ms_low,
             r.ms_high,
-            or_dash(r.again_ms.map(|ms| format!("{:+.0} %", (ms / r.ms - 1.) * 100.))),
+            or_dash(r.again_ms.map(|ms| percent_longer(ms, r.ms))),
             or_dash(r.flop.map(|flop| format!("{:.3}", flop / r.ms / 1e9))),
-            or_dash(undropped.map(|o| format!("{:+.0} %", (r.ms / o.ms - 1.) * 100.))),
+            or_dash(undropped.map(|o| percent_longer(r.ms, o.ms))),
             or_dash(r.peak_bytes.map(|bytes| format!("{:.1} MB", bytes / 1e6))),
         )?;
     }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_dropout::DropMask;
-use cases::runner::{beyond_the_naive_error, judged, keep, output_gradient};
+use cases::runner::{beyond_the_naive_error, judged, output_gradient};
 use cases::{Case, Exact, drop_scale};
 
 /// Tensors of at most so many elements are checked as a whole, of others some rows.
@@ -75,7 +75,7 @@ pub fn check(
         let mut at = vec![0; size.len()];
         at[0] = start;
         let (part_drop, cpu) = (case.window(drop, size, &at), &Device::Cpu);
-        let keep = keep(case, &part_size, &part_drop)?;
+        let keep = case.keep(&part_size, &part_drop)?;
         let formula = |dtype: DType, args: &[Tensor], dy: &Tensor| {
             let constants = constants(dtype, cpu)?;
             let scale = drop_scale(drop);

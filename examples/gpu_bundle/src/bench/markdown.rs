@@ -5,6 +5,7 @@ use std::fmt::Write;
 use anyhow::Result;
 
 use super::attention;
+use crate::pretrain_vs_finetune::report::format::signed;
 use crate::results::Record;
 
 fn human(bytes: f64) -> String {
@@ -13,6 +14,11 @@ fn human(bytes: f64) -> String {
         b if b < 1e9 => format!("{:.0} MB", b / 1048576.),
         b => format!("{:.0} GB", b / 1073741824.),
     }
+}
+
+/// How much longer `ms` is than `base_ms`.
+pub fn percent_longer(ms: f64, base_ms: f64) -> String {
+    format!("{} %", signed((ms / base_ms - 1.) * 100., 0))
 }
 
 pub fn markdown(records: &[Record], small: bool) -> Result<String> {
@@ -50,7 +56,7 @@ pub fn markdown(records: &[Record], small: bool) -> Result<String> {
             record.ms,
             record.ms_low,
             record.ms_high,
-            or_dash(record.again_ms.map(|ms| format!("{:+.0} %", (ms / record.ms - 1.) * 100.))),
+            or_dash(record.again_ms.map(|ms| percent_longer(ms, record.ms))),
             or_dash(record.gb_s.map(|x| format!("{x:.1}"))),
             or_dash(record.of_copy.map(|x| format!("{:.0} %", x * 100.))),
             or_dash(theirs.map(|theirs| format!("{:.1}x", theirs.ms / record.ms))),
@@ -67,7 +73,7 @@ pub fn markdown(records: &[Record], small: bool) -> Result<String> {
         )?;
     }
     for step in steps {
-        let again = step.again_ms.map(|ms| format!("{:+.0} %", (ms / step.ms - 1.) * 100.));
+        let again = step.again_ms.map(|ms| percent_longer(ms, step.ms));
         let rate = step.flop.map(|flop| format!("{:.0}", flop / step.ms / 1e6));
         writeln!(
             md,

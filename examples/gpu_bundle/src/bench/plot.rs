@@ -5,19 +5,10 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
+use crate::pretrain_vs_finetune::report::marks::{
+    AXIS, Area, Drawn, GRID, LABEL_ROOM, Label, TEXT, colour, marker, write_labels,
+};
 use crate::results::Record;
-
-const COLOURS: [RGBColor; 9] = [
-    RGBColor(31, 119, 180),
-    RGBColor(214, 39, 40),
-    RGBColor(255, 127, 14),
-    RGBColor(44, 160, 44),
-    RGBColor(148, 103, 189),
-    RGBColor(140, 86, 75),
-    RGBColor(23, 190, 207),
-    RGBColor(188, 189, 34),
-    RGBColor(127, 127, 127),
-];
 
 /// One panel a dtype, at drop p = 0.1.
 pub fn roofline(path: &Path, title: &str, records: &[Record]) -> Result<()> {
@@ -25,22 +16,23 @@ pub fn roofline(path: &Path, title: &str, records: &[Record]) -> Result<()> {
     let mut dtypes: Vec<&str> = rated.map(|r| r.dtype.as_str()).collect();
     dtypes.sort_unstable();
     dtypes.dedup();
-    let root = SVGBackend::new(path, (560 * dtypes.len() as u32, 520)).into_drawing_area();
+    let (width, height, head) = (640, 560, 56);
+    let root = SVGBackend::new(path, (width * dtypes.len() as u32, height)).into_drawing_area();
     root.fill(&WHITE)?;
-    let subtitle = "forward, drop p = 0.1 where there is one; solid: fused, dashed: candle's chain";
-    let root = root.titled(&format!("{title}: {subtitle}"), ("sans-serif", 17))?;
-    for (area, dtype) in root.split_evenly((1, dtypes.len())).iter().zip(dtypes) {
-        panel(area, dtype, records).map_err(|e| anyhow!("{e}"))?;
+    let lines =
+        [title, "forward, drop p = 0.1 where there is one; solid: fused, dashed: candle's chain"];
+    for (line, (y, size)) in lines.into_iter().zip([(10, 17), (34, 14)]) {
+        root.draw_text(line, &("sans-serif", size).into_font().color(&TEXT), (14, y))?;
+    }
+    let (_, panels) = root.split_vertically(head);
+    for (area, dtype) in panels.split_evenly((1, dtypes.len())).iter().zip(dtypes) {
+        panel(area, &root, dtype, records).map_err(|e| anyhow!("{e}"))?;
     }
     root.present()?;
     Ok(())
 }
 
-fn panel(
-    area: &DrawingArea<SVGBackend, plotters::coord::Shift>,
-    dtype: &str,
-    records: &[Record],
-) -> Result<(), Box<dyn std::error::Error>> {
+fn panel(area: &Area, root: &Area, dtype: &str, records: &[Record]) -> Drawn {
     let element_bytes = if dtype == "f32" { 4. } else { 2. };
     let points = |op: &str, library: &str| -> Vec<(f64, f64)> {
         let has_rate = records.iter().any(|r| r.op == op && r.drop_p > 0.);
@@ -59,36 +51,68 @@ fn panel(
     let rates: Vec<f64> = all.filter_map(|r| r.gb_s).collect();
     let most = rates.iter().copied().fold(1e-3, f64::max) * 2.;
     let least = rates.iter().copied().fold(most, f64::min) / 2.;
+    let bytes_of = |r: &Record| r.shape.iter().product::<usize>() as f64 * element_bytes;
+    let sizes: Vec<f64> = records
+        .iter()
+        .filter(|r| r.dtype == dtype && r.pass == "forward" && r.gb_s.is_some())
+        .map(bytes_of)
+        .collect();
+    let [first, last] = [f64::min as fn(f64, f64) -> f64, f64::max]
+        .map(|end| sizes.iter().copied().reduce(end).unwrap_or(1.));
+    let label_font = ("sans-serif", 13).into_font().color(&TEXT);
     let mut chart = ChartBuilder::on(area)
-        .caption(dtype, ("sans-serif", 15))
+        .caption(dtype, ("sans-serif", 15).into_font().color(&TEXT))
         .margin(10)
-        .x_label_area_size(40)
+        .margin_right(LABEL_ROOM)
+        .x_label_area_size(42)
         .y_label_area_size(60)
-        .build_cartesian_2d((8e3..4e9).log_scale(), (least..most).log_scale())?;
-    chart.configure_mesh().x_desc("bytes of x").y_desc("GB/s").light_line_style(WHITE).draw()?;
-    let roof = points("copy", "candle");
+        .build_cartesian_2d((first / 1.5..last * 1.5).log_scale(), (least..most).log_scale())?;
     chart
-        .draw_series(LineSeries::new(roof, BLACK.stroke_width(2)))?
-        .label("plain copy")
-        .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], BLACK.stroke_width(2)));
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .bold_line_style(GRID)
+        .axis_style(AXIS)
+        .label_style(label_font)
+        .x_desc("bytes of x")
+        .y_desc("GB/s")
+        .x_label_formatter(&|bytes| decimal(*bytes))
+        .y_label_formatter(&|rate| rate.to_string())
+        .draw()?;
+    let right = chart.backend_coord(&(last * 1.5, most)).0;
+    let roof: Vec<(i32, i32)> =
+        points("copy", "candle").iter().map(|point| chart.backend_coord(point)).collect();
+    let mut labels = Vec::new();
+    if let Some(&end) = roof.last() {
+        root.draw(&PathElement::new(roof, BLACK.stroke_width(3)))?;
+        labels.push(Label { text: "plain copy", line: None, end });
+    }
     let mut ops: Vec<&str> = Vec::new();
     for record in records.iter().filter(|r| r.op != "copy" && r.gb_s.is_some()) {
         if !ops.contains(&record.op.as_str()) {
             ops.push(&record.op);
         }
     }
-    for (op, colour) in ops.into_iter().zip(COLOURS) {
-        chart
-            .draw_series(LineSeries::new(points(op, "candle-dropout"), colour.stroke_width(2)))?
-            .label(op)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-        chart.draw_series(DashedLineSeries::new(points(op, "candle"), 4, 4, colour.into()))?;
+    for (line, op) in ops.into_iter().enumerate() {
+        let style = colour(line).stroke_width(2);
+        chart.draw_series(DashedLineSeries::new(points(op, "candle"), 4, 4, style))?;
+        let fused: Vec<(i32, i32)> =
+            points(op, "candle-dropout").iter().map(|point| chart.backend_coord(point)).collect();
+        for &at in &fused {
+            marker(at, line, root)?;
+        }
+        if let Some(&end) = fused.last() {
+            root.draw(&PathElement::new(fused, style))?;
+            labels.push(Label { text: op, line: Some(line), end });
+        }
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK)
-        .draw()?;
-    Ok(())
+    write_labels(&labels, right, root)
+}
+
+/// A power of ten of bytes.
+fn decimal(bytes: f64) -> String {
+    match bytes {
+        b if b < 1e6 => format!("{} kB", b / 1e3),
+        b if b < 1e9 => format!("{} MB", b / 1e6),
+        b => format!("{} GB", b / 1e9),
+    }
 }

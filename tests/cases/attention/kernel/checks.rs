@@ -12,6 +12,30 @@ fn to_f32(x: &[f64]) -> Vec<f32> {
     x.iter().map(|x| *x as f32).collect()
 }
 
+impl Kernels {
+    /// The softmax of rows as backward gets it, from the logarithms of their sums: a reference that is 3 below, and the
+    /// normaliser that belongs to it.
+    fn softmax_of(&self, lse: &[f64]) -> Vec<f32> {
+        let of_row = |lse: &f64| match lse.is_infinite() {
+            true => [f32::INFINITY, 0.],
+            false => {
+                let reference = ((lse - 3.) * self.unit_logit) as f32;
+                [reference, (f64::from(reference) / self.unit_logit - lse).exp() as f32]
+            }
+        };
+        lse.iter().flat_map(of_row).collect()
+    }
+
+    /// And back.
+    fn lse_of(&self, softmax: &[f32]) -> Vec<f32> {
+        let of_row = |row: &[f32]| {
+            let [reference, normaliser] = [row[0], row[1]].map(f64::from);
+            (reference / self.unit_logit - normaliser.ln()) as f32
+        };
+        softmax.chunks(2).map(of_row).collect()
+    }
+}
+
 /// The unit of rounding.
 fn unit<T: Element>() -> f64 {
     0.5f64.powi(match size_of::<T>() {
@@ -57,7 +81,7 @@ pub fn equal_the_formula<T: Element>(kernels: &Kernels, forms: &[Form]) {
         .collect();
     let runs: Vec<_> = (forms.iter().zip(&inputs).zip(&expected))
         .map(|((form, inputs), expected)| {
-            (form, inputs, to_f32(&expected.lse.values), to_f32(&expected.delta))
+            (form, inputs, kernels.softmax_of(&expected.lse.values), to_f32(&expected.delta))
         })
         .collect();
     for (computed, (expected, form)) in
@@ -65,7 +89,36 @@ pub fn equal_the_formula<T: Element>(kernels: &Kernels, forms: &[Form]) {
     {
         let what = |result: &str| format!("{result} of {}", form.what());
         assert_within(&computed.o, &expected.o, &what("o"));
-        assert_within(&computed.lse, &expected.lse, &what("lse"));
+        assert_within(&kernels.lse_of(&computed.softmax), &expected.lse, &what("lse"));
+        assert_within(&computed.dq, &expected.dq, &what("dq"));
+        assert_within(&computed.dk, &expected.dk, &what("dk"));
+        assert_within(&computed.dv, &expected.dv, &what("dv"));
+    }
+}
+
+/// Backward goes on from what forward left of scores far from 0, and loses nothing by their distance.
+pub fn lose_no_digits_far_from_0<T: Element>(kernels: &Kernels, forms: &[Form]) {
+    let inputs: Vec<Inputs<T>> = forms.iter().map(Inputs::random).collect();
+    let expected: Vec<Results> = (forms.iter().zip(&inputs))
+        .map(|(form, inputs)| formula(form, inputs, exact, exact))
+        .collect();
+    let mut runs: Vec<_> = (forms.iter().zip(&inputs).zip(&expected))
+        .map(|((form, inputs), expected)| {
+            let rows = expected.delta.len();
+            (form, inputs, vec![0.; 2 * rows], to_f32(&expected.delta))
+        })
+        .collect();
+    let forward = compute(kernels, &[Order::Forward], &runs);
+    for (run, computed) in runs.iter_mut().zip(&forward) {
+        run.2 = computed.softmax.clone();
+    }
+    for ((computed, forward), (expected, form)) in compute(kernels, &[Order::Forward], &runs)
+        .iter()
+        .zip(forward)
+        .zip(expected.iter().zip(forms))
+    {
+        let what = |result: &str| format!("{result} of {} far from 0, {}", form.far, form.what());
+        assert_within(&forward.o, &expected.o, &what("o"));
         assert_within(&computed.dq, &expected.dq, &what("dq"));
         assert_within(&computed.dk, &expected.dk, &what("dk"));
         assert_within(&computed.dv, &expected.dv, &what("dv"));
@@ -117,9 +170,9 @@ pub fn draw_the_law<T: Element>(kernels: &Kernels, forms: &[Form]) {
         };
         let inputs: Vec<Inputs<T>> =
             (0..steps).flat_map(|step| [for_y(step), for_dq(step), for_dk(step)]).collect();
-        let lse = vec![(keys as f32).ln(); rows];
+        let softmax = kernels.softmax_of(&vec![(keys as f64).ln(); rows]);
         let runs: Vec<_> =
-            inputs.iter().map(|inputs| (form, inputs, lse.clone(), vec![0.; rows])).collect();
+            inputs.iter().map(|inputs| (form, inputs, softmax.clone(), vec![0.; rows])).collect();
         // Other tests see to it that the order does not matter.
         let computed = compute(kernels, &[Order::Forward], &runs);
 
@@ -185,8 +238,9 @@ pub fn err_no_more_than_the_naive_formula<T: Element>(kernels: &Kernels, forms: 
         let reference = formula(form, &inputs, exact, exact);
         let naive = formula(form, &inputs, round, round_sum);
         // Backward goes on from what forward made of it, as in the op.
-        let (lse, delta) = (to_f32(&reference.lse.values), to_f32(&reference.delta));
-        let computed = compute(kernels, EVERY_ORDER, &[(form, &inputs, lse, delta)]).remove(0);
+        let (softmax, delta) =
+            (kernels.softmax_of(&reference.lse.values), to_f32(&reference.delta));
+        let computed = compute(kernels, EVERY_ORDER, &[(form, &inputs, softmax, delta)]).remove(0);
         let rms = |x: &[f64], reference: &[f64]| {
             let sum: f64 = x.iter().zip(reference).map(|(x, y)| (x - y) * (x - y)).sum();
             (sum / x.len() as f64).sqrt()

@@ -66,7 +66,7 @@ pub fn formula<T: Element>(
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).fold(0., |sum, (a, b)| round_sum(sum + a * b));
     let dot_size =
         |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum() };
-    let drop_scale = form.mask.scale;
+    let drop_scale = form.drop_scale();
     for row in 0..rows {
         let (head, query) = (row / queries, row % queries);
         let (batch, h) = (head / heads, head % heads);
@@ -75,7 +75,9 @@ pub fn formula<T: Element>(
         let of_key = |key: usize| (kv_head * keys + key) * head_size;
         let (q_row, dout_row) = (of_row(&q), of_row(&dout));
         let slope = form.slopes.as_ref().map_or(0., |slopes| f64::from(slopes[h]));
-        let visible: Vec<usize> = (0..keys).filter(|key| form.sees(batch, query, *key)).collect();
+        let keep = |key: usize| form.mask.keep[row * keys + key];
+        let sees = |key: usize| form.sees(batch, query, key) && (keep(key) || !form.drop_key);
+        let visible: Vec<usize> = (0..keys).filter(|key| sees(*key)).collect();
         if visible.is_empty() {
             results.lse.values[row] = f64::INFINITY;
             continue;
@@ -90,7 +92,7 @@ pub fn formula<T: Element>(
             let distance = ((query + keys) as f64 - (queries + key) as f64).abs();
             t.push(round(capped - slope * distance));
             let size = form.scale.abs() * dot_size(&q_row, k_row) + capped.abs() + slope * distance;
-            roundings.push(size);
+            roundings.push(if form.far == 0. { size } else { 0. });
             cap_slope.push(1. - u * u);
         }
         let max = t.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -100,11 +102,10 @@ pub fn formula<T: Element>(
         let lse = max + sum.ln();
         let row_roundings: f64 = p.iter().zip(&roundings).map(|(p, r)| p * r).sum();
         let roundings: Vec<f64> =
-            roundings.iter().map(|r| 4. + r + row_roundings + lse.abs()).collect();
+            (roundings.iter().zip(&t)).map(|(r, t)| 4. + r + row_roundings + (max - t)).collect();
         results.lse.values[row] = lse;
         results.lse.f32_terms[row] = 4. + row_roundings + lse.abs();
 
-        let keep = |key: usize| form.mask.keep[row * keys + key];
         let y: Vec<f64> = (visible.iter().zip(&p))
             .map(|(&key, p)| if keep(key) { round(p * drop_scale) } else { 0. })
             .collect();

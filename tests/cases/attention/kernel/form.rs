@@ -1,6 +1,8 @@
 //! Attentions to test, and where their tensors lie.
 
-use candle_dropout::{AttentionArgs, AttentionLayout, HeadStrides};
+use candle_dropout::functional::{AttentionArgs, AttentionLayout, HeadStrides};
+
+use candle_dropout::MaskArgs;
 
 use crate::host::Mask;
 
@@ -39,7 +41,12 @@ pub struct Form {
     pub softcap: f64,
     pub lengths: Option<Vec<u32>>,
     pub slopes: Option<Vec<f32>>,
+    /// The square root of what all products of a query and a key have in common. Beyond 0 they are whole numbers,
+    /// which every sum in f32 holds exactly.
+    pub far: f64,
     pub mask: Mask,
+    /// Keys are dropped, not weights.
+    pub drop_key: bool,
 }
 
 impl Form {
@@ -70,7 +77,9 @@ impl Form {
             softcap: 0.,
             lengths: None,
             slopes: None,
+            far: 0.,
             mask: Mask::from_start(drop_p, &dims, &[0; 4]),
+            drop_key: false,
         }
     }
 
@@ -104,7 +113,19 @@ impl Form {
             head_size: self.head_size as u32,
             left: self.left,
             right: self.right,
+            drop_key: u32::from(self.drop_key),
+            padding: 0,
         }
+    }
+
+    /// The mask as the kernels get it.
+    pub fn mask_args(&self) -> MaskArgs {
+        if self.drop_key { self.mask.args.unscaled() } else { self.mask.args }
+    }
+
+    /// What kept weights are multiplied by.
+    pub fn drop_scale(&self) -> f64 {
+        if self.drop_key { 1. } else { self.mask.scale }
     }
 
     /// Written out as the definition reads, apart from what kernels and op do.
@@ -116,10 +137,10 @@ impl Form {
     }
 
     pub fn what(&self) -> String {
-        let Self { order, offset, left, right, softcap, lengths, slopes, .. } = self;
+        let Self { order, offset, left, right, softcap, lengths, slopes, drop_key, .. } = self;
         format!(
             "{:?} x {}, {} kv heads, {order:?} + {offset}, left {left}, right {right}, softcap {softcap}, \
-             lengths {lengths:?}, slopes {slopes:?}, {:?}",
+             lengths {lengths:?}, slopes {slopes:?}, drop key {drop_key}, {:?}",
             self.dims(),
             self.head_size,
             self.kv_heads,
@@ -206,6 +227,45 @@ pub fn features() -> Vec<Form> {
         Form { lengths: lengths(&[2, 1]), ..base(0.2).window(3, 2) },
         base(0.1).window(0, 0),
         base(0.1).window(UNBOUNDED - 1, UNBOUNDED - 1),
+    ]
+}
+
+/// Keys dropped: at every way through the kernels, with what else hides keys and changes scores, and in windows.
+pub fn drop_keys(head_sizes: &[usize]) -> Vec<Form> {
+    let base = |drop_p| Form::with_heads([2, 4, 2], [37, 70, 24], drop_p);
+    let tall = |drop_p| Form::with_heads([2, 2, 1], [75, 40, 20], drop_p);
+    let mut forms = vec![
+        base(0.2),
+        // Whole rows are dropped, and so is everything.
+        Form::new([70, 3, 8], 0.7),
+        Form::new([9, 35, 8], 1.),
+        base(0.3).causal(),
+        tall(0.3).window(5, 0),
+        Form { scale: -0.3, softcap: 0.7, ..tall(0.2).causal().alibi() },
+        Form { lengths: Some(vec![64, 1]), softcap: 2., ..base(0.4).window(20, 3).alibi() },
+        // What is dropped may be far above all that is kept, where exponentials are infinite.
+        Form { scale: 80., ..base(0.8) },
+        Form { scale: 80., softcap: 300., ..base(0.8).causal() },
+    ];
+    forms.extend(head_sizes.iter().map(|&head_size| Form::new([40, 70, head_size], 0.3)));
+    forms.extend(masks().into_iter().filter(|form| form.keys == 45));
+    forms.into_iter().map(|form| Form { drop_key: true, ..form }).collect()
+}
+
+/// Scores that are exact and far from 0, on either side.
+pub fn far() -> Vec<Form> {
+    let base = |far: f64, drop_p| Form {
+        far,
+        scale: 0.25,
+        ..Form::with_heads([1, 2, 1], [37, 150, 24], drop_p)
+    };
+    vec![
+        base(64., 0.),
+        base(1024., 0.),
+        base(1024., 0.2).causal(),
+        base(1024., 0.).window(90, 5),
+        Form { scale: -0.25, ..base(1024., 0.) },
+        base(1024., 0.1).alibi(),
     ]
 }
 

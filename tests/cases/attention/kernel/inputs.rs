@@ -12,7 +12,8 @@ pub struct Inputs<T> {
 }
 
 impl<T: Element> Inputs<T> {
-    /// Random numbers, and NaN or infinities in every key that is padding and every query that sees nothing.
+    /// Random numbers, whole ones where scores are far from 0, and NaN or infinities in every key that is
+    /// padding and every query that sees nothing.
     pub fn random(form: &Form) -> Self {
         let Form { batches, heads, kv_heads, queries, keys, head_size, .. } = *form;
         let of = |seed: u64, len: usize| random::<T>(seed, len);
@@ -22,6 +23,12 @@ impl<T: Element> Inputs<T> {
             v: of(3, batches * kv_heads * keys * head_size),
             dout: of(4, batches * heads * queries * head_size),
         };
+        if form.far != 0. {
+            for (i, x) in inputs.q.iter_mut().chain(&mut inputs.k).enumerate() {
+                let whole = if i % head_size == 0 { form.far } else { x.to_f64().round() };
+                *x = T::from_f64(whole);
+            }
+        }
         for batch in 0..batches {
             for key in 0..keys {
                 if (0..queries).any(|query| form.sees(batch, query, key)) {

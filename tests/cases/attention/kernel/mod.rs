@@ -20,3 +20,4 @@ mod run;
 // mutant of kernels/attention.cuh: distance with a sign|s/fabsf\(float\(int\(own_key - key\)\)\)/float(int(own_key - key))/
 // mutant of kernels/attention.cuh: vectors anywhere|s/is_aligned\(tensor\) && //
 // mutant of kernels/attention.cuh: strides unchecked|s/\(strides\.batch \| strides\.head \| strides\.row\)/strides.batch/
+// mutant of kernels/attention.cuh: softmax of rows that see nothing|s/sum == 0\.f \? RowSoftmax\{INFINITY, 0\.f\} : //

@@ -1,7 +1,7 @@
 //! Runs of the three kernels that walk over tiles of scores.
 
+use candle_dropout::functional::{AttentionPass, HeadStrides};
 use candle_dropout::sizes::Launch;
-use candle_dropout::{AttentionPass, HeadStrides};
 
 use super::form::Form;
 use super::inputs::Inputs;
@@ -14,6 +14,8 @@ pub struct Kernels {
     pub head_sizes: &'static [usize],
     /// Of an instance: pass, its head size, heads of all samples, rows.
     pub launch: fn(AttentionPass, usize, usize, usize) -> Launch,
+    /// What the reference of a row with a logit of 1 is, in their base.
+    pub unit_logit: f64,
 }
 
 impl Kernels {
@@ -85,13 +87,14 @@ impl Placed {
 /// What the kernels made of a form.
 pub struct Computed<T> {
     pub o: Vec<T>,
-    pub lse: Vec<f32>,
+    /// Reference and normaliser of each row.
+    pub softmax: Vec<f32>,
     pub dq: Vec<T>,
     pub dk: Vec<T>,
     pub dv: Vec<T>,
 }
 
-/// A form, its inputs, and the lse and delta that backward gets.
+/// A form, its inputs, and the softmax and delta of rows that backward gets.
 pub type Run<'a, T> = (&'a Form, &'a Inputs<T>, Vec<f32>, Vec<f32>);
 
 /// Runs forward and both backward kernels, in each of the orders of their threads.
@@ -102,7 +105,7 @@ pub fn compute<T: Element>(
 ) -> Vec<Computed<T>> {
     let mut cases = Vec::new();
     let mut places = Vec::new();
-    for (form, inputs, lse, delta) in forms {
+    for (form, inputs, softmax, delta) in forms {
         let (layout, starts) = form.place();
         let [q, k, v, o] = [
             (form.heads, form.queries, layout.q),
@@ -124,11 +127,11 @@ pub fn compute<T: Element>(
             let case = v.input(case, &inputs.v);
             case.optional_numbers(&form.lengths).optional_numbers(&form.slopes)
         };
-        let (args, mask) = (form.args(), form.mask.args);
+        let (args, mask) = (form.args(), form.mask_args());
         let rows = form.batches * form.heads * form.queries;
-        let fwd = o.output::<T>(common(AttentionPass::Fwd)).output::<f32>(rows);
+        let fwd = o.output::<T>(common(AttentionPass::Fwd)).output::<f32>(2 * rows);
         cases.push(fwd.by_value(&args).by_value(&layout).by_value(&mask));
-        let given = |case: Case| o.input(case, &inputs.dout).input(lse).input(delta);
+        let given = |case: Case| o.input(case, &inputs.dout).input(softmax).input(delta);
         let by_value =
             |case: Case| case.by_value(&args).by_value(&layout).by_value(&layout).by_value(&mask);
         cases.push(by_value(q.output::<T>(given(common(AttentionPass::BwdDq)))));
@@ -149,7 +152,7 @@ pub fn compute<T: Element>(
             };
             Computed {
                 o: read(&o, 0, 0),
-                lse: outputs[0].get(1),
+                softmax: outputs[0].get(1),
                 dq: read(&q, 1, 0),
                 dk: read(&k, 2, 0),
                 dv: read(&v, 2, 1),

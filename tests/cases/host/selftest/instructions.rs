@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::{SELFTEST, assert_fails, one_block};
-use crate::host::{Case, Order, Plain};
+use crate::host::{Case, Order, Plain, skip_without_compiler};
 
 /// Floats around every 16-bit value: the value, the middle to its neighbour, and just beside both.
 fn floats_around(values: impl Iterator<Item = f32>) -> Vec<f32> {
@@ -29,6 +29,7 @@ fn floats_around(values: impl Iterator<Item = f32>) -> Vec<f32> {
 
 #[test]
 fn conversions_equal_those_of_the_half_crate() {
+    skip_without_compiler!();
     let launch = |kernel| Case::new(kernel, [4, 1, 1], [256, 1, 1], 0).orders(&[Order::Forward]);
     let patterns: Vec<u16> = (0..=u16::MAX).collect();
     let around_f16 = floats_around(patterns.iter().map(|&bits| f16::from_bits(bits).to_f32()));
@@ -77,6 +78,7 @@ fn conversions_equal_those_of_the_half_crate() {
 
 #[test]
 fn ldmatrix_gives_rows_and_columns_by_the_ptx_manual() {
+    skip_without_compiler!();
     let rows: Vec<u16> = (0..32 * 8).collect();
     let case = |kernel, first_row: i32| {
         Case::new(kernel, [1, 1, 1], [32, 1, 1], 32 * 16)
@@ -126,12 +128,14 @@ fn multiplies_matrices<T: Plain>(kernel: &str, from_f32: impl Fn(f32) -> T) {
 
 #[test]
 fn mma_equals_a_plain_matrix_product() {
+    skip_without_compiler!();
     multiplies_matrices("mma_f16", f16::from_f32);
     multiplies_matrices("mma_bf16", bf16::from_f32);
 }
 
 #[test]
 fn an_asynchronous_copy_wants_its_wait_and_its_barrier() {
+    skip_without_compiler!();
     let threads = 64;
     let x: Vec<u32> = (0..2 * threads * 4).collect();
     let case = |kernel, read: i32, shift: i32| {
@@ -167,6 +171,7 @@ fn an_asynchronous_copy_wants_its_wait_and_its_barrier() {
 
 #[test]
 fn a_copy_over_what_others_still_read_is_noticed() {
+    skip_without_compiler!();
     let x: Vec<u32> = (0..2 * 64 * 4).collect();
     let case = |kernel| one_block(kernel, 64).input(&x).output::<u32>(64);
     let sums = SELFTEST.run_one(case("copy_over_u32")).unwrap().get::<u32>(0);

@@ -4,7 +4,7 @@ mod instructions;
 
 use half::f16;
 
-use super::{Case, Order, POISON, Program};
+use super::{Case, Order, POISON, Program, skip_without_compiler};
 
 static SELFTEST: Program = Program::new("tests/cases/host/selftest/selftest.cu");
 
@@ -31,6 +31,7 @@ fn block_sums(x: &[f32], block: usize) -> Vec<f32> {
 
 #[test]
 fn a_correct_block_reduction_is_correct_in_every_order() {
+    skip_without_compiler!();
     let (blocks, threads) = (3, 256);
     let x = whole_numbers(blocks * threads);
     let case = |kernel, shared_bytes| {
@@ -46,6 +47,7 @@ fn a_correct_block_reduction_is_correct_in_every_order() {
 
 #[test]
 fn a_missing_barrier_is_noticed() {
+    skip_without_compiler!();
     let x = whole_numbers(256);
     let case = || one_block("block_sum_without_barrier_f32", 256).input(&x).output::<f32>(1);
     assert_fails(case(), &["depends on the order of the threads", "a barrier is missing"]);
@@ -62,6 +64,7 @@ fn a_missing_barrier_is_noticed() {
 
 #[test]
 fn a_warp_that_overtakes_the_others_is_noticed() {
+    skip_without_compiler!();
     let x = whole_numbers(256);
     let case = |kernel| one_block(kernel, 256).input(&x).output::<f32>(256);
     let outputs = SELFTEST.run_one(case("two_sums_f32")).unwrap();
@@ -71,6 +74,7 @@ fn a_warp_that_overtakes_the_others_is_noticed() {
 
 #[test]
 fn votes_and_atomics_count() {
+    skip_without_compiler!();
     let x: Vec<f32> = (0..1000).map(|i| if i % 3 == 0 { 1.0 } else { -1.0 }).collect();
     let case = Case::new("count_positive_f32", [4, 1, 1], [256, 1, 1], 0)
         .input(&x)
@@ -81,6 +85,7 @@ fn votes_and_atomics_count() {
 
 #[test]
 fn shuffles_follow_the_cuda_manual() {
+    skip_without_compiler!();
     let outputs = SELFTEST.run_one(one_block("shuffles_i32", 32).output::<i32>(32 * 8)).unwrap();
     for (lane, got) in outputs.get::<i32>(0).chunks(8).enumerate() {
         let lane = lane as i32;
@@ -104,6 +109,7 @@ fn shuffles_follow_the_cuda_manual() {
 
 #[test]
 fn a_collective_with_inactive_lanes_is_noticed() {
+    skip_without_compiler!();
     let case = |kernel, threads| one_block(kernel, threads).output::<i32>(32);
     let returned = || case("shuffle_with_returned_lanes_i32", 32);
     // Forward, the early lanes are waiting when the first of the others returns.
@@ -131,6 +137,7 @@ fn a_collective_with_inactive_lanes_is_noticed() {
 
 #[test]
 fn a_divergent_barrier_is_noticed() {
+    skip_without_compiler!();
     let case = |kernel| one_block(kernel, 64).output::<i32>(64);
     assert_fails(
         case("barrier_in_one_branch_i32"),
@@ -146,6 +153,7 @@ fn a_divergent_barrier_is_noticed() {
 
 #[test]
 fn a_single_element_out_of_bounds_is_noticed() {
+    skip_without_compiler!();
     let fill = |n: i32| Case::new("fill_f32", [2, 1, 1], [64, 1, 1], 0).output::<f32>(100).value(n);
     SELFTEST.run_one(fill(100)).unwrap();
     assert_fails(
@@ -166,7 +174,35 @@ fn a_single_element_out_of_bounds_is_noticed() {
 }
 
 #[test]
+fn what_a_table_points_to_is_guarded_too() {
+    skip_without_compiler!();
+    let case = |lens: [u64; 2]| {
+        let table: Vec<u64> = lens.iter().flat_map(|len| [0, 0, *len]).collect();
+        Case::new("double_rows_f32", [2, 1, 1], [32, 1, 1], 0)
+            .input(&table)
+            .pointing(0, 1)
+            .pointing(8, 2)
+            .pointing(24, 3)
+            .pointing(32, 4)
+            .input(&[1f32, 2.])
+            .behind()
+            .output::<f32>(2)
+            .behind()
+            .input(&[3f32, 4., 5.])
+            .behind()
+            .output::<f32>(3)
+            .behind()
+            .misaligned_by(4)
+    };
+    let outputs = SELFTEST.run_one(case([2, 3])).unwrap();
+    assert_eq!(outputs.get::<f32>(0), [2., 4.]);
+    assert_eq!(outputs.get::<f32>(1), [6., 8., 10.]);
+    assert_fails(case([2, 4]), &["heap-buffer-overflow", "in double_rows_f32, block (1, 0, 0)"]);
+}
+
+#[test]
 fn an_overrun_of_shared_memory_is_noticed() {
+    skip_without_compiler!();
     let case = |slot: i32| one_block("static_shared_overrun_f32", 32).output::<f32>(32).value(slot);
     SELFTEST.run_one(case(31)).unwrap();
     assert_fails(case(32), &["selftest.cu", "in static_shared_overrun_f32"]);
@@ -181,6 +217,7 @@ fn an_overrun_of_shared_memory_is_noticed() {
 
 #[test]
 fn what_is_not_written_stays_poison() {
+    skip_without_compiler!();
     let outputs = SELFTEST
         .run_one(Case::new("fill_f32", [2, 1, 1], [64, 1, 1], 0).output::<f32>(100).value(99i32))
         .unwrap();
@@ -198,6 +235,7 @@ fn what_is_not_written_stays_poison() {
 
 #[test]
 fn a_misaligned_vector_access_is_noticed() {
+    skip_without_compiler!();
     let x = whole_numbers(32);
     let copy = |offset_bytes| {
         one_block("copy_vectors_f32", 8).input(&x).misaligned_by(offset_bytes).output::<f32>(32)
@@ -210,6 +248,7 @@ fn a_misaligned_vector_access_is_noticed() {
 
 #[test]
 fn arguments_must_fit_the_kernel() {
+    skip_without_compiler!();
     let pair = [2u64.to_le_bytes().as_slice(), &0.5f32.to_le_bytes(), &[0; 4]].concat();
     let case = || one_block("arguments_f32", 1);
     let outputs =
@@ -239,6 +278,7 @@ fn arguments_must_fit_the_kernel() {
 
 #[test]
 fn a_failing_case_is_named_and_the_cases_before_it_are_not() {
+    skip_without_compiler!();
     let fill = |n: i32| one_block("fill_f32", 32).output::<f32>(8).value(n);
     let failure = SELFTEST.run(&[fill(8), fill(7), fill(9), fill(8)]).err().unwrap();
     assert_eq!(failure.case, Some(2));

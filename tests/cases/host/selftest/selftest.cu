@@ -288,3 +288,14 @@ __device__ void copy_over(const uint32_t* x, uint32_t* y) {
 }
 extern "C" __global__ void copy_over_u32(const uint32_t* x, uint32_t* y) { copy_over<true>(x, y); }
 extern "C" __global__ void copy_over_without_barrier_u32(const uint32_t* x, uint32_t* y) { copy_over<false>(x, y); }
+
+// What a table of addresses leads to.
+struct Row {
+    const float* x;
+    float* y;
+    uint64_t len;
+};
+extern "C" __global__ void double_rows_f32(const Row* rows) {
+    const Row row = rows[blockIdx.x];
+    if (threadIdx.x < row.len) row.y[threadIdx.x] = 2.f * row.x[threadIdx.x];
+}
