@@ -39,8 +39,10 @@ pub(super) struct Groups {
     pub(super) mask: MaskArgs,
     pub(super) rows: usize,
     pub(super) cols: usize,
-    /// Each row is a group, and there are so many in a row of the mask; or, if none, each column of a row is one.
+    /// Each row is a group, and there are so many in a row of the mask; or, if none, each column of `repeat` rows is one.
     pub(super) mask_cols: Option<usize>,
+    /// Rows, one below the other, that have one row of the mask.
+    pub(super) repeat: usize,
 }
 
 impl Groups {
@@ -53,15 +55,21 @@ impl Groups {
         let cols = groups.last().copied().unwrap_or(1);
         Ok(match group {
             [] if !groups.is_empty() => {
-                Self { mask, rows: product(&groups[..grouped - 1]), cols, mask_cols: None }
+                let leading = &groups[..grouped - 1];
+                let alike = (0..leading.len()).rev().take_while(|d| shared.contains(d)).count();
+                let repeat = product(&leading[leading.len() - alike..]);
+                Self { mask, rows: product(leading), cols, mask_cols: None, repeat }
             }
-            _ => Self { mask, rows: product(groups), cols: product(group), mask_cols: Some(cols) },
+            _ => {
+                let rows = product(groups);
+                Self { mask, rows, cols: product(group), mask_cols: Some(cols), repeat: 1 }
+            }
         })
     }
 
     /// One decision a word, whose number stands in `ids`: the mask has a single row.
     pub(super) fn of_words(mask: MaskArgs, ids: usize, cols: usize) -> Self {
-        Self { mask, rows: ids, cols, mask_cols: Some(usize::MAX) }
+        Self { mask, rows: ids, cols, mask_cols: Some(usize::MAX), repeat: 1 }
     }
 }
 
@@ -70,20 +78,23 @@ mod tests {
     use super::*;
     use crate::mask::MaskKey;
 
-    fn groups(dims: &[usize], shared: &[usize]) -> (usize, usize, Option<usize>) {
+    fn groups(dims: &[usize], shared: &[usize]) -> (usize, usize, Option<usize>, usize) {
         let drop = DropMask::new(0.5, MaskKey::new(1)).unwrap();
         let groups = Groups::new("test", &drop, dims, shared).unwrap();
-        (groups.rows, groups.cols, groups.mask_cols)
+        (groups.rows, groups.cols, groups.mask_cols, groups.repeat)
     }
 
     #[test]
     fn what_is_shared_behind_the_mask_makes_rows_of_its_groups() {
-        assert_eq!(groups(&[2, 3, 5, 7], &[2, 3]), (6, 35, Some(3)));
-        assert_eq!(groups(&[2, 3, 1, 1], &[2, 3]), (6, 1, Some(3)), "whatever its size");
-        assert_eq!(groups(&[2, 3, 5], &[1]), (6, 5, None));
-        assert_eq!(groups(&[2, 3, 5], &[0, 1, 2]), (1, 30, Some(1)));
-        assert_eq!(groups(&[2, 3], &[]), (2, 3, None));
-        assert_eq!(groups(&[], &[]), (1, 1, Some(1)));
+        assert_eq!(groups(&[2, 3, 5, 7], &[2, 3]), (6, 35, Some(3), 1));
+        assert_eq!(groups(&[2, 3, 1, 1], &[2, 3]), (6, 1, Some(3), 1), "whatever its size");
+        assert_eq!(groups(&[2, 3, 5], &[1]), (6, 5, None, 3));
+        assert_eq!(groups(&[2, 3, 5, 7], &[1, 2]), (30, 7, None, 15));
+        assert_eq!(groups(&[2, 3, 5, 7], &[0, 2]), (30, 7, None, 5));
+        assert_eq!(groups(&[2, 3, 5], &[0]), (6, 5, None, 1), "the rows of one mask lie apart");
+        assert_eq!(groups(&[2, 3, 5], &[0, 1, 2]), (1, 30, Some(1), 1));
+        assert_eq!(groups(&[2, 3], &[]), (2, 3, None, 1));
+        assert_eq!(groups(&[], &[]), (1, 1, Some(1), 1));
     }
 
     /// Klambauer et al.: mean 0 and variance 1 of the input stay.

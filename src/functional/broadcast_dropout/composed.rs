@@ -17,7 +17,7 @@ pub(super) fn broadcast_dropout(
 
 /// 1 where an element of the tensor as `[rows, cols]` is kept, u8, perhaps to be broadcast over its columns.
 fn kept(groups: &Groups, x: &Tensor, ids: Option<&Tensor>) -> Result<Tensor> {
-    let Groups { mask, rows, cols, mask_cols } = *groups;
+    let Groups { mask, rows, cols, mask_cols, .. } = *groups;
     let (keep, dims) = match (mask_cols, ids) {
         (None, _) => (mask.keep(&[rows, cols]), (rows, cols)),
         (Some(mask_cols), None) => (mask.keep(&[rows / mask_cols.max(1), mask_cols]), (rows, 1)),

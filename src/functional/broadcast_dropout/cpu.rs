@@ -5,7 +5,7 @@ use candle_core::{Result, Storage, Tensor};
 use super::args::{Groups, Values};
 use crate::cpu::{Element, Real, filled, for_float_dtype, storage, vectorized};
 use crate::input::Input;
-use crate::mask::MaskArgs;
+use crate::mask::{MaskArgs, NO_DRAWS, RUN};
 
 pub(super) fn fwd(
     op: &'static str,
@@ -21,7 +21,9 @@ pub(super) fn fwd(
         let part = |start: usize, y: &mut [MaybeUninit<E>]| {
             let x = &x[start..][..y.len()];
             match (groups.mask_cols, ids) {
-                (None, _) => by_column(&groups.mask, start, groups.cols, values, x, y),
+                (None, _) => {
+                    by_column(&groups.mask, start, groups.cols, groups.repeat, values, x, y)
+                }
                 (Some(_), Some(ids)) => {
                     by_word(&groups.mask, start, groups.cols, ids, values, x, y)
                 }
@@ -37,23 +39,37 @@ pub(super) fn fwd(
 }
 
 vectorized! {
-    /// One decision a column.
+    /// One decision a column of `repeat` rows, drawn once for those of them that lie here.
     fn by_column<E: Element>(
         mask: &MaskArgs,
         start: usize,
         cols: usize,
+        repeat: usize,
         values: Values,
         x: &[E],
         y: &mut [MaybeUninit<E>],
     ) {
         let (scale, shift) = (E::Real::from_f64(values.scale), E::Real::from_f64(values.shift));
         let fill = E::store(E::Real::from_f64(values.fill));
-        let mut runs = mask.runs(start, x.len(), cols);
-        while let Some((at, _, draws)) = runs.next() {
-            for ((x, draw), y) in x[at..].iter().zip(draws).zip(&mut y[at..]) {
-                let kept = E::store(x.load() * scale + shift);
-                y.write(if mask.keeps(*draw) { kept } else { fill });
+        let mut room = NO_DRAWS;
+        let mut at = 0;
+        while at < x.len() {
+            let (row, first) = ((start + at) / cols, (start + at) % cols);
+            let rest = x.len() - at;
+            // A row that is cut stands alone.
+            let rows = if first > 0 { 1 } else { (repeat - row % repeat).min(rest / cols).max(1) };
+            let width = (cols - first).min(rest);
+            for from in (0..width).step_by(RUN) {
+                let len = RUN.min(width - from);
+                let draws = mask.draws(row, first + from, len, &mut room);
+                for at in (0..rows).map(|row| at + row * cols + from) {
+                    for ((x, draw), y) in x[at..].iter().zip(draws).zip(&mut y[at..]) {
+                        let kept = E::store(x.load() * scale + shift);
+                        y.write(if mask.keeps(*draw) { kept } else { fill });
+                    }
+                }
             }
+            at += (rows - 1) * cols + width;
         }
     }
 }

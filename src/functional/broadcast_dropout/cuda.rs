@@ -19,7 +19,7 @@ pub(super) fn fwd(
     x: &Tensor,
     ids: Option<&Tensor>,
 ) -> Result<Storage> {
-    let &Groups { mask, rows, cols, mask_cols } = groups;
+    let &Groups { mask, rows, cols, mask_cols, repeat } = groups;
     let (x, ids) = (Input::new(op, x), Input::optional(op, ids));
     let device = x.cuda_device()?;
     for_cuda_dtype!(x, |T| {
@@ -27,14 +27,17 @@ pub(super) fn fwd(
         // SAFETY: `broadcast_dropout_fwd` writes `rows * cols` elements.
         let y = unsafe { output::<T>(device, rows * cols) }?;
         let kernel = KERNELS.kernel::<T>(device, "broadcast_dropout_fwd")?;
-        let sizes = [rows as u64, cols as u64, mask_cols.map_or(0, |cols| cols as u64)];
+        let sizes = [rows, cols, mask_cols.unwrap_or(0), repeat].map(|size| size as u64);
         let values = [values.scale, values.shift, values.fill].map(|value| value as f32);
         let mut list = kernel.args();
         list.arg(&x);
         push_optional(&mut list, &ids);
-        list.arg(&y).arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]);
+        list.arg(&y);
+        sizes.iter().for_each(|size| {
+            list.arg(size);
+        });
         list.arg(&values[0]).arg(&values[1]).arg(&values[2]).arg(&mask);
-        // SAFETY: (x, ids, y, rows, cols, mask_cols, scale, shift, fill, mask); x and y hold `rows * cols` elements,
+        // SAFETY: (x, ids, y, rows, cols, mask_cols, repeat, scale, shift, fill, mask); x and y hold `rows * cols` elements,
         // ids none or `rows`.
         unsafe { launch(list, elementwise(rows, cols, multiprocessors(device)?)) }?;
         Ok(storage(y, device))

@@ -13,23 +13,25 @@ static KERNELS: Program = Program::new("kernels/broadcast_dropout.cu");
 struct Grouped {
     dims: &'static [usize],
     shared: &'static [usize],
-    /// Rows, columns, and columns of the mask where each row is a group.
-    sizes: [usize; 3],
+    /// Rows, columns, columns of the mask where each row is a group, and rows that have one row of the mask.
+    sizes: [usize; 4],
     /// Where the mask begins in a larger one.
     start: &'static [usize],
 }
 
 /// Channels, time, both ends, all, none; windows that begin within a call; rows of one column.
 const GROUPED: &[Grouped] = &[
-    Grouped { dims: &[2, 3, 5, 7], shared: &[2, 3], sizes: [6, 35, 3], start: &[1, 5] },
-    Grouped { dims: &[3, 5, 4, 8], shared: &[2, 3], sizes: [15, 32, 5], start: &[0, 0] },
-    Grouped { dims: &[4, 33, 1], shared: &[2], sizes: [132, 1, 33], start: &[1 << 33, 3] },
-    Grouped { dims: &[2, 7, 24], shared: &[1], sizes: [14, 24, 0], start: &[2, 8] },
-    Grouped { dims: &[3, 5, 13], shared: &[1], sizes: [15, 13, 0], start: &[2, 3] },
-    Grouped { dims: &[2, 3, 2, 5, 16], shared: &[0, 2, 4], sizes: [60, 16, 5], start: &[2, 1] },
-    Grouped { dims: &[2, 3, 2, 5, 9], shared: &[0, 2], sizes: [60, 9, 0], start: &[3, 0, 4] },
-    Grouped { dims: &[3, 40], shared: &[0, 1], sizes: [1, 120, 1], start: &[] },
-    Grouped { dims: &[3, 1040], shared: &[], sizes: [3, 1040, 0], start: &[0, 0] },
+    Grouped { dims: &[2, 3, 5, 7], shared: &[2, 3], sizes: [6, 35, 3, 1], start: &[1, 5] },
+    Grouped { dims: &[3, 5, 4, 8], shared: &[2, 3], sizes: [15, 32, 5, 1], start: &[0, 0] },
+    Grouped { dims: &[4, 33, 1], shared: &[2], sizes: [132, 1, 33, 1], start: &[1 << 33, 3] },
+    Grouped { dims: &[2, 7, 24], shared: &[1], sizes: [14, 24, 0, 7], start: &[2, 8] },
+    Grouped { dims: &[3, 5, 13], shared: &[1], sizes: [15, 13, 0, 5], start: &[2, 3] },
+    Grouped { dims: &[2, 3, 2, 5, 16], shared: &[0, 2, 4], sizes: [60, 16, 5, 1], start: &[2, 1] },
+    Grouped { dims: &[2, 3, 2, 5, 9], shared: &[0, 2], sizes: [60, 9, 0, 1], start: &[3, 0, 4] },
+    Grouped { dims: &[2, 3, 4, 1032], shared: &[1, 2], sizes: [24, 1032, 0, 12], start: &[1, 0] },
+    Grouped { dims: &[9, 8], shared: &[0], sizes: [9, 8, 0, 9], start: &[8] },
+    Grouped { dims: &[3, 40], shared: &[0, 1], sizes: [1, 120, 1, 1], start: &[] },
+    Grouped { dims: &[3, 1040], shared: &[], sizes: [3, 1040, 0, 1], start: &[0, 0] },
 ];
 
 fn window(grouped: &Grouped, drop_p: f64) -> DropMask {
@@ -41,7 +43,7 @@ fn window(grouped: &Grouped, drop_p: f64) -> DropMask {
 fn launch<T: Element>(
     x: &[T],
     ids: Option<&[u32]>,
-    sizes: [usize; 3],
+    sizes: [usize; 4],
     values: [f32; 3],
     (mask, offset): (&MaskArgs, usize),
 ) -> Case {
@@ -112,7 +114,7 @@ fn words_equal_the_cpu<T: Element>() {
         x.iter_mut().enumerate().step_by(3).for_each(|(i, x)| *x = poison(i));
         let of_ids = Tensor::new(&ids, &Device::Cpu).unwrap();
         let y = embedding_dropout(&tensor(&x, &[ids.len(), cols]), &of_ids, &drop).unwrap();
-        let sizes = [ids.len(), cols, usize::MAX];
+        let sizes = [ids.len(), cols, usize::MAX, 1];
         let values_of = [drop.rate().scale(), -0., 0.];
         cases.push(launch(&x, Some(&ids), sizes, values_of, (&mask, 0)));
         expected.push(values::<T>(&y));
@@ -133,7 +135,7 @@ fn the_mask_is_that_of_an_independent_implementation() {
     skip_without_compiler!();
     for by_row in [false, true] {
         assert_keeps_the_vectors(&KERNELS, |mask, cols| {
-            let sizes = if by_row { [cols, 1, cols] } else { [1, cols, 0] };
+            let sizes = if by_row { [cols, 1, cols, 1] } else { [1, cols, 0, 1] };
             launch(&vec![1f32; cols], None, sizes, [2., -0., 0.], (mask, 0))
         });
     }
@@ -145,3 +147,6 @@ fn the_mask_is_that_of_an_independent_implementation() {
 // mutant: rows by columns alone|s/mask_row = mask\.rows\.map\(row\)/mask_row = 0/
 // mutant: shift lost|s/__fadd_rn\(__fmul_rn\(v\[j\], scale\), shift\)/__fmul_rn(v[j], scale)/
 // mutant: fills with 0|s/shift\) : fill/shift) : 0.f/
+// mutant: rows that repeat from the wrong one|s/shared \* repeat \+/shared +/
+// mutant: draws of the first columns for all|s/draw_unaligned\(mask, mask_row, first\)/draw_unaligned(mask, mask_row, 0)/
+// mutant: repeats run into the next|s/row \+ i < end/row + i < rows/
