@@ -50,9 +50,13 @@ fn assert_agrees(ours: &[Tensor], exact: &[Tensor], n: usize, what: &str) -> Res
 #[test]
 fn output_and_gradients_are_those_of_the_chain() -> Result<()> {
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
-        for (leading, inputs, outputs) in
-            [(vec![1], 1, 1), (vec![3, 5], 7, 2), (vec![2, 3, 4], 33, 65), (vec![300], 16, 130)]
-        {
+        for (leading, inputs, outputs) in [
+            (vec![1], 1, 1),
+            (vec![3, 5], 7, 2),
+            (vec![2, 3, 4], 33, 65),
+            (vec![300], 16, 130),
+            (vec![4099], 3, 5),
+        ] {
             let x = random(&[leading.clone(), vec![inputs]].concat(), dtype, 1)?;
             let weight = random(&[inputs, outputs], dtype, 2)?;
             let dy = random(&[leading.clone(), vec![outputs]].concat(), dtype, 3)?;
@@ -157,6 +161,31 @@ fn without_rows_or_columns_the_bias_alone_counts_and_every_argument_has_a_gradie
                 vec![0.; var.elem_count()],
                 "{name} of {rows} rows, {inputs} inputs"
             );
+        }
+    }
+    Ok(())
+}
+
+/// More rows than the sums of a weight's gradient are taken over at once, and fewer; sizes of no tile.
+#[test]
+fn the_number_of_threads_changes_no_bit() -> Result<()> {
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for (rows, inputs, outputs) in [(4099, 33, 65), (6145, 7, 129), (300, 257, 130)] {
+            let x = random(&[rows, inputs], dtype, 1)?;
+            let weight = random(&[inputs, outputs], dtype, 2)?;
+            let dy = random(&[rows, outputs], dtype, 3)?;
+            let bias = random(&[outputs], dtype, 4)?;
+            let of = |threads: usize| -> Result<Vec<Vec<u64>>> {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let results = results(linear, [&x, &weight, &dy], Some(&bias))?;
+                    results.iter().map(bits).collect()
+                })
+            };
+            let one = of(1)?;
+            for threads in [2, 3, 8] {
+                assert!(of(threads)? == one, "{dtype:?} {rows} {inputs} {outputs}: {threads}");
+            }
         }
     }
     Ok(())

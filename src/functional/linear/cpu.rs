@@ -1,21 +1,13 @@
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
-use super::{NAME, Size};
-use crate::cpu::{Element, for_float_dtype, storage, vectorized};
+use super::NAME;
+use crate::cpu::{Element, for_float_dtype, matmul, storage, vectorized};
 use crate::input::Input;
 
-/// From a contiguous x.
-pub(super) fn fwd(
-    size: Size,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<Storage> {
-    let (x, weight) = (Input::new(NAME, x), Input::new(NAME, weight));
-    let rows = Layout::contiguous_with_offset((size.rows, size.inputs), x.start());
-    let y = x.cpu()?.matmul(weight.cpu()?, size.of_product(), &rows, weight.layout())?;
+/// From a matrix x.
+pub(super) fn fwd(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Storage> {
+    let y = matmul(&Input::new(NAME, x), &Input::new(NAME, weight))?;
     match bias {
         Some(bias) => add_bias(y, Input::new(NAME, bias)),
         None => Ok(Storage::Cpu(y)),

@@ -2,23 +2,19 @@ use candle_core::backend::BackendStorage;
 use candle_core::op::Add;
 use candle_core::{Layout, Result, Storage, Tensor};
 
-use super::{NAME, Size};
+use super::NAME;
 use crate::input::Input;
 
-/// From a contiguous x.
-pub(super) fn fwd(
-    size: Size,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<Storage> {
+/// From a matrix x.
+pub(super) fn fwd(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Storage> {
+    let ((rows, inputs), outputs) = (x.dims2()?, weight.dim(1)?);
     let (x, weight) = (Input::new(NAME, x), Input::new(NAME, weight));
-    let rows = Layout::contiguous_with_offset((size.rows, size.inputs), x.start());
-    let y = x.cuda()?.matmul(weight.cuda()?, size.of_product(), &rows, weight.layout())?;
+    let size = (1, rows, outputs, inputs);
+    let y = x.cuda()?.matmul(weight.cuda()?, size, x.layout(), weight.layout())?;
     let Some(bias) = Input::optional(NAME, bias) else {
         return Ok(Storage::Cuda(y));
     };
-    let layout = Layout::contiguous((size.rows, size.outputs));
+    let layout = Layout::contiguous((rows, outputs));
     let bias_layout = bias.layout().broadcast_as(layout.shape().clone())?;
     Ok(Storage::Cuda(y.binary_impl::<Add>(bias.cuda()?, &layout, &bias_layout)?))
 }

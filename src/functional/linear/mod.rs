@@ -7,14 +7,16 @@ mod cpu;
 mod cuda;
 mod dropped;
 
-use candle_core::{Result, Shape, Tensor, bail};
+use candle_core::{Result, Shape, Storage, Tensor, bail};
 
 pub use dropped::{drop_connect_linear, dropout_linear};
 
 use super::{column_sums, dropout};
 use crate::check::{check_alike, check_dtype};
 use crate::composed::{composes, unmoved_by};
-use crate::graph::{node, run_pass};
+use crate::cpu::matmul;
+use crate::graph::{detached, node, run_pass};
+use crate::input::Input;
 use crate::mask::{DropMask, MaskArgs};
 use dropped::Dropped;
 
@@ -27,9 +29,9 @@ const NAME: &str = "linear";
 /// dx = dy Wᵀ          dW = xᵀ dy over all rows          db = sum of dy over all rows
 /// ```
 ///
-/// The products are candle's own. What this op saves is passes over memory between them: candle adds
-/// what arrives at each edge of a graph to a tensor of zeros, and `matmul` between two reshapes and
-/// before a `broadcast_add` has twice as many edges as tensors.
+/// The products are those of candle, on the CPU into memory that is not zeroed first. What this op saves besides is
+/// passes over memory between them: candle adds what arrives at each edge of a graph to a tensor of zeros, and `matmul`
+/// between two reshapes and before a `broadcast_add` has twice as many edges as tensors.
 ///
 /// # Shapes
 /// `x [.., in]`, `weight [in, out]` (candle-nn's `Linear` holds its transpose), `bias [out]`; `y [.., out]`.
@@ -124,7 +126,7 @@ fn project(
         }
     }
     let [mask_of_x, mask_of_weight] = dropped.masks(op, x, weight)?;
-    let rows = leading.iter().product();
+    let rows: usize = leading.iter().product();
     if rows == 0 || outputs == 0 || cols == 0 {
         // No product to speak of, and candle's own ops give what has no elements no gradient.
         let sums = Tensor::zeros(shape, x.dtype(), x.device())?;
@@ -140,29 +142,30 @@ fn project(
     let is_plain = weight.is_contiguous() || weight.t()?.is_contiguous();
     let weight = if is_plain { weight.clone() } else { weight.contiguous()? };
     let bias = bias.map(Tensor::contiguous).transpose()?;
-    let size = Size { rows, inputs, outputs };
     if composes(x.device()) {
         let [x, weight] = dropped.composed(&x, &weight)?;
-        let y = composed::linear(size, &x, &layout.matrix(&weight)?, bias.as_ref())?;
+        let x = x.reshape((rows, inputs))?;
+        let y = composed::linear(&x, &layout.matrix(&weight)?, bias.as_ref())?;
         return y.reshape(shape);
     }
     let (whole_x, whole_weight) = (x.detach(), weight.detach());
     let y = {
-        let (x, weight) = (left(mask_of_x, &whole_x)?, left(mask_of_weight, &whole_weight)?);
-        run_pass!(op, x, fwd(size, &x, &layout.matrix(&weight)?, bias.as_ref()))?
+        let x = left(mask_of_x, &whole_x)?.reshape((rows, inputs))?;
+        let weight = layout.matrix(&left(mask_of_weight, &whole_weight)?)?;
+        run_pass!(op, x, fwd(&x, &weight, bias.as_ref()))?
     };
     node(op, [Some(&x), Some(&weight), bias.as_ref()], (y, shape), move |back| {
         let dy = back.dy.contiguous()?;
         let rows_of_dy = dy.reshape((rows, outputs))?;
         let dx = || {
             let matrix = layout.matrix(&left(mask_of_weight, &whole_weight)?)?;
-            left(mask_of_x, &rows_of_dy.matmul(&matrix.t()?)?.reshape(whole_x.shape())?)
+            left(mask_of_x, &product(&rows_of_dy, &matrix.t()?)?.reshape(whole_x.shape())?)
         };
         let dweight = || {
             let x = left(mask_of_x, &whole_x)?.reshape((rows, inputs))?;
             let dweight = match layout {
-                WeightLayout::InOut => x.t()?.matmul(&rows_of_dy)?,
-                WeightLayout::OutIn => rows_of_dy.t()?.matmul(&x)?,
+                WeightLayout::InOut => product(&x.t()?, &rows_of_dy)?,
+                WeightLayout::OutIn => product(&rows_of_dy.t()?, &x)?,
             };
             left(mask_of_weight, &dweight)
         };
@@ -176,17 +179,11 @@ fn left(mask: Option<MaskArgs>, x: &Tensor) -> Result<Tensor> {
     mask.map_or(Ok(x.clone()), |mask| dropout::dx(mask, &x.contiguous()?))
 }
 
-/// `[rows, inputs]` times `[inputs, outputs]`.
-#[derive(Clone, Copy)]
-struct Size {
-    rows: usize,
-    inputs: usize,
-    outputs: usize,
-}
-
-impl Size {
-    /// As candle's matmul takes it: batches, rows, columns of y, columns of x.
-    fn of_product(self) -> (usize, usize, usize, usize) {
-        (1, self.rows, self.outputs, self.inputs)
+/// The product of two matrices through which no gradient flows, each contiguous or the transpose of one that is.
+fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if !a.device().is_cpu() {
+        return a.matmul(b);
     }
+    let product = matmul(&Input::new(NAME, a), &Input::new(NAME, b))?;
+    Ok(detached(Storage::Cpu(product), (a.dim(0)?, b.dim(1)?)))
 }
