@@ -47,6 +47,25 @@ pub(crate) fn slice_sum<R: Real>(x: &[R], term: impl Fn(R) -> R) -> R {
     totals.into_iter().sum()
 }
 
+/// `Σ term(a[j], b[j])` of slices as long as one another, in the same lanes, each one chain of additions.
+#[inline(always)]
+pub(crate) fn slices_sum<A: Copy, B: Copy, R: Real>(
+    a: &[A],
+    b: &[B],
+    term: impl Fn(A, B) -> R,
+) -> R {
+    let mut sums = [R::ZERO; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += term(*a, *b);
+        }
+    }
+    sums.iter_mut().zip(rest).for_each(|(sum, (a, b))| *sum += term(*a, *b));
+    sums.into_iter().sum()
+}
+
 /// The mean of the elements, as they are summed by [`lane_sum`]. No rounding moves it out of their range, so that
 /// of equal elements it is what they are.
 #[inline(always)]

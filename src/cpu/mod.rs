@@ -16,7 +16,7 @@ pub(crate) use element::{Element, for_float_dtype, optional_slice, storage};
 pub(crate) use filled::{
     Scattered, filled, filled_pair, filled_per_row, filled_with, map_tasks, scattered,
 };
-pub(crate) use lanes::{lane_max, lane_mean, lane_sum, slice_sum};
+pub(crate) use lanes::{lane_max, lane_mean, lane_sum, slice_sum, slices_sum};
 pub(crate) use matmul::matmul;
 pub(crate) use real::Real;
 pub(crate) use tiles::{Left, Product, Right, multiply, panel};

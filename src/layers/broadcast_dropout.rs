@@ -31,6 +31,8 @@ use crate::mask::{DropMask, MaskGenerator};
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "noise_shape")]
+#[doc(alias = "broadcast_dims")]
 #[derive(Clone, Debug)]
 pub struct BroadcastDropout {
     site: Site,

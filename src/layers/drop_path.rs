@@ -31,6 +31,7 @@ use crate::mask::{DropMask, MaskGenerator};
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "StochasticDepth")]
 #[derive(Clone, Debug)]
 pub struct DropPath {
     site: Site,

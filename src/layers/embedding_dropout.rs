@@ -34,6 +34,7 @@ use crate::mask::{DropMask, MaskGenerator};
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "embedded_dropout")]
 #[derive(Clone, Debug)]
 pub struct EmbeddingDropout(Site);
 

@@ -35,6 +35,8 @@ use crate::mask::{DropMask, MaskGenerator};
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "VariationalDropout")]
+#[doc(alias = "RNNDropout")]
 #[derive(Clone, Debug)]
 pub struct LockedDropout {
     site: Site,

@@ -80,6 +80,7 @@ spatial! {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "SpatialDropout1D")]
     Dropout1d, "dropout1d", one, 1, "[N, C, L] or [C, L]"
 }
 
@@ -110,6 +111,7 @@ spatial! {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "SpatialDropout2D")]
     Dropout2d, "dropout2d", two, 2, "[N, C, H, W] or [C, H, W]"
 }
 
@@ -139,6 +141,7 @@ spatial! {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "SpatialDropout3D")]
     Dropout3d, "dropout3d", three, 3, "[N, C, D, H, W] or [C, D, H, W]"
 }
 

@@ -187,6 +187,8 @@ macro_rules! variational_methods {
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "LinearSVDO")]
+#[doc(alias = "SparseVariationalDropout")]
 #[derive(Clone, Debug)]
 pub struct VariationalLinear {
     posterior: Posterior,

@@ -39,11 +39,12 @@ const STEPS_OF_A_WINDOW: usize = 24;
 const BYTES: usize = 6000;
 const LR: f64 = 0.01;
 
-/// Half of the states, or of the updates of a cell, are dropped.
-pub const KINDS: [(&str, RecurrentDropout); 5] = [
+/// Half of the states, or of the updates of a cell, are dropped, and of the inputs three in ten where inputs are.
+pub const KINDS: [(&str, RecurrentDropout); 6] = [
     ("no dropout", RecurrentDropout::None),
-    ("naive", RecurrentDropout::Naive { input_p: 0., state_p: 0.5 }),
-    ("variational", RecurrentDropout::Variational { input_p: 0., state_p: 0.5 }),
+    ("inputs alone", RecurrentDropout::Naive { input_p: 0.3, state_p: 0. }),
+    ("naive", RecurrentDropout::Naive { input_p: 0.3, state_p: 0.5 }),
+    ("variational", RecurrentDropout::Variational { input_p: 0.3, state_p: 0.5 }),
     ("no memory loss", RecurrentDropout::NoMemoryLoss { drop_p: 0.5, masks: MaskPer::Step }),
     ("zoneout", RecurrentDropout::Zoneout { cell_p: 0.5, state_p: 0.2 }),
 ];

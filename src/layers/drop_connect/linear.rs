@@ -47,6 +47,7 @@ const NAME: &str = "drop_connect_linear";
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "WeightDrop")]
 #[derive(Clone, Debug)]
 pub struct DropConnectLinear {
     site: Site,

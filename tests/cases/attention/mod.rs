@@ -125,8 +125,8 @@ impl Case for Attention {
         if self.is_common() { &[0., 0.1, 1.] } else { &[0., 0.3] }
     }
 
-    /// Every head size that the kernels have, odd ones and 1; single queries and keys, tails of tiles of
-    /// queries and keys, and several of both; more queries than keys and fewer.
+    /// Every head size that the kernels have, odd ones and 1; single queries and keys, a few against many,
+    /// tails of tiles of queries and keys, and several of both; more queries than keys and fewer.
     fn awkward(&self) -> &'static [&'static [usize]] {
         if self.is_common() {
             &[
@@ -140,6 +140,8 @@ impl Case for Attention {
                 &[2, 4, 2, 33, 41, 16],
                 &[2, 6, 1, 17, 19, 40],
                 &[1, 1, 1, 1, 515, 64],
+                &[2, 6, 2, 1, 2300, 64],
+                &[1, 3, 1, 7, 3100, 17],
                 &[1, 1, 1, 515, 1, 64],
                 &[1, 1, 1, 7, 9, 300],
                 &[1, 1, 1, 600, 530, 33],
@@ -148,6 +150,7 @@ impl Case for Attention {
             &[
                 &[3, 4, 2, 70, 70, 32],
                 &[3, 2, 2, 5, 300, 64],
+                &[3, 4, 2, 1, 2100, 32],
                 &[3, 2, 1, 300, 65, 8],
                 &[1, 3, 3, 270, 290, 33],
             ]

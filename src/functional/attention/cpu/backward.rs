@@ -1,5 +1,6 @@
 //! Blocks of keys against all queries that see them.
 
+use super::decode;
 use super::heads::{Head, Heads, Output, Rows};
 use super::tile::{Tile, Widened, transpose};
 use super::{KEYS, QUERIES};
@@ -125,7 +126,12 @@ impl<R: Real> Backward<R> {
         let rows = (tile.query, tile.query + tile.queries);
         self.q.load(&heads.q, at, rows, heads.scale);
         self.dout.load(&given.dout, at, rows, R::ONE);
-        tile.scores(&self.q.elements, heads.width, &self.keys, cols, &mut self.scores);
+        // Rounded as in the forward pass, whose maximum and sum are given.
+        if heads.queries < decode::QUERIES {
+            decode::scores_of_rows(tile, &self.q, &heads.k, head, &mut self.scores);
+        } else {
+            tile.scores(&self.q.elements, heads.width, &self.keys, cols, &mut self.scores);
+        }
         tile.scores(&self.dout.elements, heads.width, &self.values, cols, &mut self.dp);
         let row = head.mask_row + tile.query;
         let (softmax, delta) = (&given.softmax[2 * row..], &given.delta[row..]);

@@ -69,17 +69,27 @@ impl<R: Real> Forward<R> {
         }
         let rows = self.o.chunks_exact(width).zip(self.max.iter().zip(&self.sum));
         rows.zip(start..end)
-            .map(|((row, (max, sum)), query)| {
-                let blind = *sum == R::ZERO;
-                let normaliser = if blind { R::ZERO } else { sum.recip() };
-                let factor = heads.drop_scale * normaliser;
-                // SAFETY: the task of this head and stripe alone writes this row.
-                unsafe { o.write((head.batch, head.head, query), row, factor) };
-                [if blind { R::INFINITY } else { *max }, normaliser]
-            })
+            .map(|((row, (max, sum)), query)| finish(heads, head, query, row, (*max, *sum), o))
             .collect::<Vec<_>>()
             .concat()
     }
+}
+
+/// Writes a row of `o`, which no other task does, and gives what its softmax is made with.
+pub(super) fn finish<E: Element>(
+    heads: &Heads<'_, E>,
+    head: &Head<E::Real>,
+    query: usize,
+    row: &[E::Real],
+    (max, sum): (E::Real, E::Real),
+    o: &Output<'_, E>,
+) -> [E::Real; 2] {
+    let blind = sum == E::Real::ZERO;
+    let normaliser = if blind { E::Real::ZERO } else { sum.recip() };
+    let factor = heads.drop_scale * normaliser;
+    // SAFETY: the task of this head and stripe alone writes this row.
+    unsafe { o.write((head.batch, head.head, query), row, factor) };
+    [if blind { E::Real::INFINITY } else { max }, normaliser]
 }
 
 vectorized! {

@@ -1,6 +1,7 @@
 //! Tiles of scores that never leave the caches: see [`fwd`] and [`bwd`].
 
 mod backward;
+mod decode;
 mod forward;
 mod heads;
 mod tile;
@@ -35,7 +36,8 @@ const MIN_PRODUCTS: usize = 1 << 21;
 
 /// `o`, and of each row the largest `t` and the reciprocal of the sum of `exp(t - max)`.
 ///
-/// A task holds the running sums of a stripe of queries and takes the keys block by block.
+/// A task holds the running sums of a stripe of queries and takes the keys block by block. A few queries, all of a text
+/// that is generated, go another way: see [`decode`].
 pub(super) fn fwd(attention: &Attention, qkv: [&Tensor; 3]) -> Result<[Storage; 2]> {
     let inputs = Inputs::new(attention, qkv);
     for_float_dtype!(inputs.q, |E| forward::<E>(attention, &inputs))
@@ -45,11 +47,24 @@ fn forward<E: Element>(attention: &Attention, inputs: &Inputs<'_>) -> Result<[St
     let heads = Heads::<E>::new(attention, inputs)?;
     let args = &attention.args;
     let (queries, n_heads) = (heads.queries, args.batches as usize * args.heads as usize);
+    if queries < decode::QUERIES {
+        let fill = |[o]: &[Scattered<E>; 1]| {
+            let (o, mut softmax) =
+                (output(attention, o), Vec::with_capacity(2 * n_heads * queries));
+            decode::decode(&heads, |head, query, row, max, sum| {
+                softmax.extend(forward::finish(&heads, head, query, row, (max, sum), &o));
+            });
+            softmax
+        };
+        // SAFETY: every row of all heads is finished, each once.
+        let ([o], softmax) = unsafe { scattered([n_heads * queries * heads.head_size], fill) };
+        return Ok([storage(o), Storage::Cpu(E::Real::storage(softmax))]);
+    }
     let tiles = queries.div_ceil(QUERIES);
     let stripe = QUERIES * (n_heads * tiles / TASKS).clamp(1, STRIPE);
     let stripes = queries.div_ceil(stripe);
     let fill = |[o]: &[Scattered<E>; 1]| {
-        let o = Output { part: o, start: 0, strides: attention.layout.o, cols: heads.head_size };
+        let o = output(attention, o);
         let state = || Forward::new(&heads, stripe.min(queries));
         map_tasks((n_heads * stripes, heads.in_parallel()), state, |state, task| {
             let start = task % stripes * stripe;
@@ -60,6 +75,12 @@ fn forward<E: Element>(attention: &Attention, inputs: &Inputs<'_>) -> Result<[St
     // SAFETY: the stripes of all heads cover every row of `o`, each once.
     let ([o], softmax) = unsafe { scattered([n_heads * queries * heads.head_size], fill) };
     Ok([storage(o), Storage::Cpu(E::Real::storage(softmax.concat()))])
+}
+
+/// The rows of `o`, all of its memory.
+fn output<'a, E>(attention: &Attention, part: &'a Scattered<E>) -> Output<'a, E> {
+    let cols = attention.args.head_size as usize;
+    Output { part, start: 0, strides: attention.layout.o, cols }
 }
 
 /// `dq`, `dk` and `dv`, or the one tensor that holds them all.
