@@ -7,7 +7,7 @@ use super::forward::weigh;
 use super::heads::{Head, Heads, Rows};
 use super::tile::{Tile, Widened};
 use super::{KEYS, TASKS};
-use crate::cpu::{Element, Real, map_tasks, slices_sum, vectorized};
+use crate::cpu::{Element, Real, map_tasks, panel, slices_sum, vectorized};
 
 /// Queries from which on tiles are faster.
 pub(super) const QUERIES: usize = 8;
@@ -70,7 +70,8 @@ fn over_stripe<E: Element>(
             (head, q)
         })
         .collect();
-    let mut values = Widened::zeros(heads.tile_rows().0, width);
+    // As if a value might be no number: so few queries are multiplied one by one in any case.
+    let mut values = Widened { finite: false, ..Widened::zeros(heads.tile_rows().0, width) };
     let mut scores = vec![zero; queries * KEYS];
     for block in (start..end).step_by(KEYS) {
         let keys = (block, end.min(block + KEYS));
@@ -79,7 +80,7 @@ fn over_stripe<E: Element>(
             let Some((begin, end)) = heads.seen(head, (0, queries - 1), keys) else { continue };
             let kv_head = (head.batch, head.kv_head);
             if !loaded {
-                values.load(&heads.v, kv_head, keys, E::Real::ONE);
+                widen_values(&heads.v, kv_head.0, kv_head.1, keys.0, keys.1, &mut values.elements);
                 loaded = true;
             }
             let tile = Tile { query: 0, queries, block, begin, end };
@@ -94,7 +95,7 @@ fn over_stripe<E: Element>(
 }
 
 vectorized! {
-    /// The scores of a tile, key by key.
+    /// The scores of a tile, sums over its rows.
     pub(super) fn scores_of_rows<E: Element>(
         tile: Tile,
         q: &Widened<E::Real>,
@@ -102,10 +103,31 @@ vectorized! {
         head: &Head<E::Real>,
         scores: &mut [E::Real],
     ) {
-        for key in tile.begin..tile.end {
-            let row = k.row(head.batch, head.kv_head, key);
-            for (i, q) in q.elements.chunks_exact(q.width).take(tile.queries).enumerate() {
-                scores[i * KEYS + key - tile.block] = slices_sum(&q[..row.len()], row, |q, k| q * k.load());
+        let queries = q.elements.chunks_exact(q.width).zip(scores.chunks_exact_mut(KEYS));
+        for (q, scores) in queries.take(tile.queries) {
+            let scores = &mut scores[tile.skipped()..tile.end - tile.block];
+            for (score, key) in scores.iter_mut().zip(tile.begin..) {
+                let row = k.row(head.batch, head.kv_head, key);
+                *score = slices_sum(&q[..row.len()], row, |q, k| q * k.load());
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// The rows from `first` to `end`, whose rest stays zeros.
+    fn widen_values<E: Element>(
+        rows: &Rows<'_, E>,
+        batch: usize,
+        head: usize,
+        first: usize,
+        end: usize,
+        out: &mut [E::Real],
+    ) {
+        let width = rows.cols.next_multiple_of(panel::<E::Real>());
+        for (row, out) in (first..end).zip(out.chunks_exact_mut(width)) {
+            for (out, x) in out.iter_mut().zip(rows.row(batch, head, row)) {
+                *out = x.load();
             }
         }
     }
