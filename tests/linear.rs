@@ -170,7 +170,9 @@ fn without_rows_or_columns_the_bias_alone_counts_and_every_argument_has_a_gradie
 #[test]
 fn the_number_of_threads_changes_no_bit() -> Result<()> {
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
-        for (rows, inputs, outputs) in [(4099, 33, 65), (6145, 7, 129), (300, 257, 130)] {
+        for (rows, inputs, outputs) in
+            [(4099, 33, 65), (6145, 7, 129), (4095, 5, 9), (300, 257, 130)]
+        {
             let x = random(&[rows, inputs], dtype, 1)?;
             let weight = random(&[inputs, outputs], dtype, 2)?;
             let dy = random(&[rows, outputs], dtype, 3)?;

@@ -67,7 +67,7 @@ pub(crate) fn slices_sum<A: Copy, B: Copy, R: Real>(
     let mut half = LANES / 2;
     while half > 0 {
         for lane in 0..half {
-            sums[lane] = sums[lane] + sums[lane + half];
+            sums[lane] += sums[lane + half];
         }
         half /= 2;
     }

@@ -15,7 +15,7 @@ use super::filled::{Scattered, scattered};
 use super::real::Real;
 use crate::input::Input;
 
-/// Sums over more than twice as many products are taken in parts of so many, whose sums are then added.
+/// Sums over twice as many products or more are taken in equal parts of at least so many, whose sums are then added.
 ///
 /// The gradient of a weight sums over all tokens and has few elements: threads that share out these pack the same
 /// tokens again, threads that share out tokens do not.
@@ -76,9 +76,8 @@ fn multiplied<E: Element>(
     let len = rows * cols;
     // Halves would be rounded between parts.
     let is_wide = size_of::<E>() == size_of::<E::Real>();
-    let parts =
-        if is_wide && inner > PART && len <= MAX_OF_PARTS { inner.div_ceil(PART) } else { 1 };
-    let part = if parts > 1 { PART } else { inner };
+    let parts = if is_wide && len <= MAX_OF_PARTS { (inner / PART).max(1) } else { 1 };
+    let part = inner.div_ceil(parts);
     let threads = (rayon::current_num_threads() / parts).max(1);
     let product = |[out]: &[Scattered<E>; 1]| {
         (0..parts).into_par_iter().with_max_len(1).for_each(|i| {

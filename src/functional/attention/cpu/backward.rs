@@ -83,7 +83,9 @@ impl<R: Real> Backward<R> {
             let first = heads.head(kv_index * heads.group);
             let kv_head = (first.batch, first.kv_head);
             let keys = (block, block_end.min(first.keys).max(block));
-            transpose(&heads.k, kv_head.0, kv_head.1, keys.0, keys.1, &mut self.keys);
+            if heads.queries >= decode::QUERIES {
+                transpose(&heads.k, kv_head.0, kv_head.1, keys.0, keys.1, &mut self.keys);
+            }
             transpose(&heads.v, kv_head.0, kv_head.1, keys.0, keys.1, &mut self.values);
             self.k.load(&heads.k, kv_head, keys, R::ONE);
             self.dk.fill(R::ZERO);

@@ -69,14 +69,20 @@ impl<R: Real> Forward<R> {
         }
         let rows = self.o.chunks_exact(width).zip(self.max.iter().zip(&self.sum));
         rows.zip(start..end)
-            .map(|((row, (max, sum)), query)| finish(heads, head, query, row, (*max, *sum), o))
+            .map(|((row, (max, sum)), query)| {
+                // SAFETY: the task of this head and stripe alone writes this row.
+                unsafe { finish(heads, head, query, row, (*max, *sum), o) }
+            })
             .collect::<Vec<_>>()
             .concat()
     }
 }
 
-/// Writes a row of `o`, which no other task does, and gives what its softmax is made with.
-pub(super) fn finish<E: Element>(
+/// Writes a row of `o`, and gives what its softmax is made with.
+///
+/// # Safety
+/// No other task writes this row at the same time.
+pub(super) unsafe fn finish<E: Element>(
     heads: &Heads<'_, E>,
     head: &Head<E::Real>,
     query: usize,
@@ -87,7 +93,7 @@ pub(super) fn finish<E: Element>(
     let blind = sum == E::Real::ZERO;
     let normaliser = if blind { E::Real::ZERO } else { sum.recip() };
     let factor = heads.drop_scale * normaliser;
-    // SAFETY: the task of this head and stripe alone writes this row.
+    // SAFETY: the caller's.
     unsafe { o.write((head.batch, head.head, query), row, factor) };
     [if blind { E::Real::INFINITY } else { max }, normaliser]
 }

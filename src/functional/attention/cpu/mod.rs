@@ -48,14 +48,7 @@ fn forward<E: Element>(attention: &Attention, inputs: &Inputs<'_>) -> Result<[St
     let args = &attention.args;
     let (queries, n_heads) = (heads.queries, args.batches as usize * args.heads as usize);
     if queries < decode::QUERIES {
-        let fill = |[o]: &[Scattered<E>; 1]| {
-            let (o, mut softmax) =
-                (output(attention, o), Vec::with_capacity(2 * n_heads * queries));
-            decode::decode(&heads, |head, query, row, max, sum| {
-                softmax.extend(forward::finish(&heads, head, query, row, (max, sum), &o));
-            });
-            softmax
-        };
+        let fill = |[o]: &[Scattered<E>; 1]| decode::decode(&heads, &output(attention, o));
         // SAFETY: every row of all heads is finished, each once.
         let ([o], softmax) = unsafe { scattered([n_heads * queries * heads.head_size], fill) };
         return Ok([storage(o), Storage::Cpu(E::Real::storage(softmax))]);
