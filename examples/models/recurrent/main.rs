@@ -1,7 +1,7 @@
 //! Characters of a book by an LSTM with too few of them to learn from: kinds of recurrent dropout beside one another,
 //! and which of them keep it from learning its text by heart.
 //!
-//!     cargo run --release -p candle-dropout-models --example recurrent -- --steps 500
+//!     cargo run --release -p candle-dropout-models --example recurrent -- --steps 900
 //!
 //! `experiment.rs` has the sizes; `tests/recurrent.rs` asserts what is said there.
 

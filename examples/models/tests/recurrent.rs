@@ -32,8 +32,8 @@ fn variational_and_zoneout_learn_less_by_heart_than_fresh_masks_at_each_step() -
         println!("{name}: {mean:.3} nats a character");
         Ok(mean)
     };
-    // What the paper compares with has no masks on states; against fresh masks there, too, one mask a sequence does
-    // not win here, which `experiment.rs` says and nothing asserts.
+    // The paper of variational dropout compares it with fresh masks on inputs alone; that it beats fresh masks on states,
+    // too, is not shown here, and not asserted. `experiment.rs` has the figures.
     let [inputs_alone, naive, variational, zoneout] =
         ["inputs alone", "naive", "variational", "zoneout"].map(loss_of);
     let (naive, zoneout) = (naive?, zoneout?);
