@@ -17,7 +17,7 @@
 //! # Features
 //! | feature | what it changes |
 //! |---|---|
-//! | `avx512`, by default | AVX-512 in candle's matrix products on the CPU, where the CPU has it; for all of the program that takes this crate, since all of it multiplies through one `gemm`. `default-features = false` leaves that to others; what this crate computes itself uses AVX-512 either way |
+//! | `avx512`, by default | AVX-512 in matrix products on the CPU, candle's and those of `linear`, where the CPU has it; for all of the program that takes this crate, since all of it multiplies through one `gemm`. `default-features = false` leaves that to others; what else this crate computes uses AVX-512 either way |
 //! | `cuda` | adds the kernels: the same functions then take tensors on CUDA, too, in f32, f16 and bf16. No item is added. It needs nvcc (CUDA 12 or later), but no GPU, to build, and NVIDIA's driver to run; it turns on the `cuda` of candle-core and candle-nn |
 //!
 //! Without `cuda` everything runs on the CPU, and a tensor on CUDA is an error that says so; these pages are the

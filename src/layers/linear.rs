@@ -11,7 +11,7 @@ use crate::functional::linear_out_in;
 /// dx = dy W          dW = dyᵀ x over all rows          db = sum of dy over all rows
 /// ```
 ///
-/// The products are candle's own; what is saved is passes over memory between them, forward and back: see
+/// What is saved is passes over memory around the products, forward and back: see
 /// [`functional::linear`](crate::functional::linear()), which takes the transposed weight.
 ///
 /// # Shapes
