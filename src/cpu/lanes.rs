@@ -47,8 +47,8 @@ pub(crate) fn slice_sum<R: Real>(x: &[R], term: impl Fn(R) -> R) -> R {
     totals.into_iter().sum()
 }
 
-/// `Σ term(a[j], b[j])` of slices as long as one another, in the same lanes, each one chain of additions; the lanes by
-/// halves, which takes a quarter of the time that one after the other would.
+/// `Σ term(a[j], b[j])` of slices as long as one another, in the same lanes, each one chain of additions;
+/// the lanes are added by halves.
 #[inline(always)]
 pub(crate) fn slices_sum<A: Copy, B: Copy, R: Real>(
     a: &[A],
