@@ -9,7 +9,7 @@ use super::tile::{Tile, Widened};
 use super::{KEYS, TASKS};
 use crate::cpu::{Element, Real, map_tasks, slices_sum, vectorized};
 
-/// Queries from which on tiles are faster.
+/// Queries from which on tiles are taken: as many as share a block of registers there. Not measured between.
 pub(super) const QUERIES: usize = 8;
 
 /// Keys below which another task does not pay.
